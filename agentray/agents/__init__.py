@@ -1,0 +1,1 @@
+"""What agents are: their instructions, model, tools and versions."""

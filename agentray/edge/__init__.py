@@ -1,0 +1,1 @@
+"""The region router: a stateless process in front of the regions."""

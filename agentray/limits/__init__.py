@@ -1,0 +1,1 @@
+"""What sessions and tenants may spend: ledgers, rates and prices."""

@@ -1,0 +1,1 @@
+"""Call models: catalog, client, routing, and the servers that agentray hosts itself."""

@@ -1,0 +1,1 @@
+"""The stores: PostgreSQL, Redis, objects and vectors, each behind a protocol."""

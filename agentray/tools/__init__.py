@@ -1,0 +1,1 @@
+"""Run tools: scheduling, workers and the sandbox."""
