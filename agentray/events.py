@@ -95,7 +95,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
     at: float
 
 
-class TurnAccepted(Event, tag="turn.accepted"):
+class TurnAccepted(Event, frozen=True, tag="turn.accepted"):
     """A turn begins: its input became a part of the session's history."""
 
     input: list[Message]
@@ -103,7 +103,7 @@ class TurnAccepted(Event, tag="turn.accepted"):
     options: TurnOptions = TurnOptions()
 
 
-class TurnResumed(Event, tag="turn.resumed"):
+class TurnResumed(Event, frozen=True, tag="turn.resumed"):
     """A new owner took an unfinished turn over; ``phase`` is where the last owner left it."""
 
     phase: Literal["accepted", "model", "streaming", "tools", "finishing"]
@@ -111,7 +111,7 @@ class TurnResumed(Event, tag="turn.resumed"):
     owner: str
 
 
-class ModelCalled(Event, tag="model.called"):
+class ModelCalled(Event, frozen=True, tag="model.called"):
     """A model call began.
 
     ``attempt`` counts the calls of one step from 1. With ``continued_from`` the call continues
@@ -124,7 +124,7 @@ class ModelCalled(Event, tag="model.called"):
     continued_from: int = 0
 
 
-class ModelVoided(Event, tag="model.voided"):
+class ModelVoided(Event, frozen=True, tag="model.voided"):
     """An attempt ended without an answer; ``text`` is what of it had been streamed.
 
     With ``continues`` the next attempt goes on after ``text``; otherwise the item that was being
@@ -138,7 +138,7 @@ class ModelVoided(Event, tag="model.voided"):
     continues: bool = False
 
 
-class ModelFinished(Event, tag="model.finished"):
+class ModelFinished(Event, frozen=True, tag="model.finished"):
     """A model answered. ``text`` is the whole text of the step, continued parts included."""
 
     step: int
@@ -149,7 +149,7 @@ class ModelFinished(Event, tag="model.finished"):
     usage: Usage = Usage()
 
 
-class ModelFailed(Event, tag="model.failed"):
+class ModelFailed(Event, frozen=True, tag="model.failed"):
     """A model call failed for good; ``text`` is what of it had been streamed."""
 
     step: int
@@ -158,7 +158,7 @@ class ModelFailed(Event, tag="model.failed"):
     text: str = ""
 
 
-class ToolCalled(Event, tag="tool.called"):
+class ToolCalled(Event, frozen=True, tag="tool.called"):
     """A tool call is about to be dispatched. A retry after a crash is a second such event."""
 
     call_id: str
@@ -167,7 +167,7 @@ class ToolCalled(Event, tag="tool.called"):
     attempt: int = 1
 
 
-class ToolFinished(Event, tag="tool.finished"):
+class ToolFinished(Event, frozen=True, tag="tool.finished"):
     """A tool call is settled; ``unknown`` means that a crash hid its outcome."""
 
     call_id: str
@@ -176,7 +176,7 @@ class ToolFinished(Event, tag="tool.finished"):
     output: str
 
 
-class TurnFinished(Event, tag="turn.finished"):
+class TurnFinished(Event, frozen=True, tag="turn.finished"):
     """The terminal event of a turn: exactly one follows each ``turn.accepted``."""
 
     status: TurnStatus
@@ -196,9 +196,7 @@ AnyEvent = (
     | TurnFinished
 )
 
-EVENT_TYPES: tuple[str, ...] = tuple(
-    str(cls.__struct_config__.tag) for cls in get_args(AnyEvent)
-)
+EVENT_TYPES: tuple[str, ...] = tuple(str(cls.__struct_config__.tag) for cls in get_args(AnyEvent))
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)

@@ -194,8 +194,8 @@ def test_a_bad_override_is_an_error_that_names_the_variable():
         ),
         f"{variable}SPEED: names no setting; see docs/configuration.md for their names",
         (
-            f"{variable}SESSIONS__HOSTS: sessions.hosts: found 'many'; expected a whole number of at "
-            "least 1, or null"
+            f"{variable}SESSIONS__HOSTS: sessions.hosts: found 'many'; expected a whole number "
+            "of at least 1, or null"
         ),
     ]
 

@@ -1,0 +1,1 @@
+"""What callers import: handles to session actors, and the HTTP client."""
