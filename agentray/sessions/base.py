@@ -26,8 +26,8 @@ TurnState = Literal["accepted", "running", "done"]
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
-    """A place in a session's stream: all of event ``seq``, and of the attempt that the event
-    ``model.called`` at ``seq`` began the first ``offset`` characters. ``Cursor(0)`` is the start.
+    """A place in a session's stream: all of event ``seq`` and, if that is a ``model.called``, the
+    first ``offset`` characters of its step's text. ``Cursor(0)`` is the start.
     """
 
     seq: int
@@ -35,8 +35,11 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """Text of a running model call: ``text`` ends ``offset`` characters into the attempt that
-    the event ``model.called`` numbered ``seq`` began. Deltas of an attempt are contiguous."""
+    """Text of a running model call, which the event ``model.called`` numbered ``seq`` began.
+
+    ``text`` ends ``offset`` characters into the text of the step: an attempt that continues
+    another one begins at its ``continued_from``. Deltas of an attempt are contiguous.
+    """
 
     turn_id: str
     seq: int

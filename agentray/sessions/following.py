@@ -1,0 +1,217 @@
+"""Follow sessions wherever they run: attach, catch up from the journal, go on live."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+
+from agentray.clock import Clock
+from agentray.errors import CursorError, SessionNotFoundError, StorageError, TurnNotFoundError
+from agentray.events import AnyEvent, TurnAccepted, TurnFinished, decode_event
+from agentray.sessions.base import Cursor, Delta, StreamItem
+from agentray.sessions.stream import Hub, TailWriter, WireMessage
+from agentray.storage.base import DurableStore
+from agentray.telemetry.logging import get_logger
+
+__all__ = ["Following"]
+
+log = get_logger(__name__)
+
+Key = tuple[str, str]
+
+_POLL_S = 0.5
+_RENEW_S = 10.0
+_FOLLOWER_TTL_S = 30.0
+_PAGE = 500
+
+
+class Following:
+    """All hubs of a process, and what keeps those alive whose session lives elsewhere."""
+
+    def __init__(
+        self,
+        *,
+        store: DurableStore,
+        tails: TailWriter,
+        owner_id: str,
+        hubs: dict[Key, Hub],
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._tails = tails
+        self._owner_id = owner_id
+        self._hubs = hubs
+        self._clock = clock
+        self._mirrors: dict[Key, asyncio.Task[None]] = {}
+        self._followed: dict[Key, tuple[str, float]] = {}
+
+    def check_cursor(self, cursor: Cursor, last_seq: int) -> None:
+        """Raise ``CursorError`` for a cursor behind the end of the journal."""
+        if cursor.seq > last_seq:
+            raise CursorError(
+                f"the cursor {cursor.seq} lies in the future: the session is at {last_seq}",
+                param="after",
+            )
+
+    async def follow(
+        self, key: Key, after: Cursor, turn_id: str | None
+    ) -> AsyncIterator[list[StreamItem]]:
+        """Yield what ``Sessions.follow`` promises."""
+        cursor = await self._start(key, after, turn_id)
+        hub = self._join(key, cursor.seq)
+        try:
+            while True:
+                items: Sequence[StreamItem] | None = hub.read(cursor)
+                if items is None:
+                    items = await self._page(key, cursor.seq, hub.base_seq)
+                if not items:
+                    if not hub.local:
+                        self._keep_mirror(key, hub)
+                    await hub.changed()
+                    if self._hubs.get(key) is not hub:
+                        self._leave(key, hub)
+                        hub = self._join(key, cursor.seq)
+                    continue
+                last = items[-1]
+                cursor = last.cursor if isinstance(last, Delta) else Cursor(last.seq)
+                if turn_id is None:
+                    yield list(items)
+                    continue
+                own = [item for item in items if item.turn_id == turn_id]
+                if own:
+                    yield own
+                if any(isinstance(item, TurnFinished) for item in own):
+                    return
+        finally:
+            self._leave(key, hub)
+
+    async def _start(self, key: Key, after: Cursor, turn_id: str | None) -> Cursor:
+        """Return the cursor to begin at. Raises if there is no such place."""
+        hub = self._hubs.get(key)
+        if hub is not None and hub.local and turn_id is not None:
+            for event in hub.events:
+                if isinstance(event, TurnAccepted) and event.turn_id == turn_id:
+                    self.check_cursor(after, hub.last_seq)
+                    return max(after, Cursor(event.seq - 1))
+        row = await self._store.session(*key)
+        if row is None:
+            raise SessionNotFoundError(f"there is no session {key[1]!r}", session_id=key[1])
+        last_seq = max(row.last_seq, hub.last_seq if hub is not None and hub.local else 0)
+        self.check_cursor(after, last_seq)
+        if turn_id is None:
+            return after
+        turn = await self._store.turn(*key, turn_id)
+        if turn is None:
+            raise TurnNotFoundError(
+                f"session {key[1]} has no turn {turn_id}", session_id=key[1]
+            )
+        begins = turn.first_seq - 1 if turn.first_seq is not None else row.last_seq
+        if turn.last_seq is not None and after.seq >= turn.last_seq:
+            # All of it is known: show the end once more, so that the iterator ends.
+            return Cursor(turn.last_seq - 1)
+        return max(after, Cursor(begins))
+
+    async def _page(self, key: Key, after: int, up_to: int) -> list[AnyEvent]:
+        bodies = await self._store.events(*key, after=after, limit=_PAGE, up_to=up_to)
+        if not bodies and await self._store.session(*key) is None:
+            raise SessionNotFoundError(f"session {key[1]!r} was deleted", session_id=key[1])
+        return [decode_event(body) for body in bodies]
+
+    def _join(self, key: Key, seq: int) -> Hub:
+        hub = self._hubs.get(key)
+        if hub is None:
+            hub = self._hubs[key] = Hub(seq)
+        hub.readers += 1
+        return hub
+
+    def _leave(self, key: Key, hub: Hub) -> None:
+        hub.readers -= 1
+        if not hub.readers and not hub.local and not hub.followers:
+            if self._hubs.get(key) is hub:
+                del self._hubs[key]
+            mirror = self._mirrors.pop(key, None)
+            if mirror is not None:
+                mirror.cancel()
+            self._followed.pop(key, None)
+
+    # Sessions that live elsewhere
+
+    def expect(self, key: Key, owner: str, last_seq: int) -> None:
+        """Note that a live owner was just told to send us what it does in a session."""
+        hub = self._hubs.get(key)
+        if hub is None:
+            self._hubs[key] = Hub(last_seq)
+        self._followed[key] = (owner, self._clock.monotonic() + _RENEW_S)
+
+    def _keep_mirror(self, key: Key, hub: Hub) -> None:
+        mirror = self._mirrors.get(key)
+        if mirror is None or mirror.done():
+            self._mirrors[key] = asyncio.get_running_loop().create_task(self._mirror(key, hub))
+
+    async def _mirror(self, key: Key, hub: Hub) -> None:
+        """Feed a hub from the journal, and ask the session's owner to feed it live."""
+        tenant, session_id = key
+        pause_s = _POLL_S if key in self._followed else 0.0
+        while hub.readers and not hub.local:
+            await asyncio.sleep(pause_s)
+            pause_s = _POLL_S
+            try:
+                row = await self._store.session(tenant, session_id)
+                if row is None:
+                    hub.base_seq += 1  # readers find that the session is gone
+                    hub.notify()
+                    return
+                owner = row.owner if row.owner_alive else None
+                if owner is not None and owner != self._owner_id:
+                    self._ask(key, owner)
+                while not hub.local and hub.last_seq < row.last_seq:
+                    bodies = await self._store.events(
+                        tenant, session_id, after=hub.last_seq, limit=_PAGE
+                    )
+                    if not bodies:
+                        break
+                    hub.feed([decode_event(body) for body in bodies])
+            except StorageError as error:
+                log.warning("mirror_failed", session=session_id, error=str(error))
+
+    def _ask(self, key: Key, owner: str, *, again: bool = False) -> None:
+        now = self._clock.monotonic()
+        known, until = self._followed.get(key, ("", 0.0))
+        if known == owner and now < until and not again:
+            return
+        self._followed[key] = (owner, now + _RENEW_S)
+        message = WireMessage(
+            kind="follow", tenant=key[0], session_id=key[1], sender=self._owner_id
+        )
+        self._tails.send([owner], message)
+
+    def receive(self, message: WireMessage) -> None:
+        """Take in what an owner says of a session that we follow."""
+        key = (message.tenant, message.session_id)
+        hub = self._hubs.get(key)
+        if hub is None or hub.local:
+            return
+        try:
+            whole = hub.apply(message)
+        except msgspec.MsgspecError as error:
+            log.warning("live_message_refused", error=str(error))
+            return
+        if not whole and (known := self._followed.get(key)) is not None:
+            self._ask(key, known[0], again=True)
+
+    def add_follower(self, hub: Hub, follower: str) -> None:
+        """Note that another owner has readers of a session of ours."""
+        now = self._clock.monotonic()
+        hub.followers = {f: until for f, until in hub.followers.items() if until > now}
+        hub.followers[follower] = now + _FOLLOWER_TTL_S
+
+    async def close(self) -> None:
+        for mirror in self._mirrors.values():
+            mirror.cancel()
+        for hub in self._hubs.values():
+            hub.notify()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._mirrors.values(), return_exceptions=True)

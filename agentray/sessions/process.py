@@ -1,0 +1,225 @@
+"""Put an owner process together: stores, heartbeat, residents, recovery, and the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from agentray.agents.spec import Agents
+from agentray.clock import Clock, SystemClock
+from agentray.config.settings import Settings
+from agentray.models.catalog import Catalog
+from agentray.models.client import ModelClient
+from agentray.sessions.base import Placement
+from agentray.sessions.following import Following
+from agentray.sessions.journal import Journal
+from agentray.sessions.ownership import Ownership
+from agentray.sessions.recovery import Recovery
+from agentray.sessions.residents import Key, Residents
+from agentray.sessions.runtime import SessionRuntime
+from agentray.sessions.service import SessionService
+from agentray.sessions.state import Rules
+from agentray.sessions.stream import Hub, TailWriter, WireMessage
+from agentray.storage.postgres import PostgresStore
+from agentray.storage.redis import RedisStore
+from agentray.telemetry.logging import get_logger
+from agentray.telemetry.metrics import Metrics
+from agentray.tools.echo import ECHO
+from agentray.tools.spec import Toolbox
+
+__all__ = ["OwnerProcess"]
+
+log = get_logger(__name__)
+
+_messages = msgspec.json.Decoder(WireMessage)
+
+
+class OwnerProcess:
+    """Everything of one owner: a session host, or the process of a dedicated session."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        simulator_url: str | None,
+        placement: Placement,
+        address: str,
+        launch_dedicated: Callable[[str, str], Awaitable[None]] | None,
+        hint: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if settings.postgres.url is None or settings.redis.url is None:
+            raise ValueError("an owner process needs the addresses of PostgreSQL and Redis")
+        clock = clock or SystemClock()
+        sessions = settings.sessions
+        self.settings = settings
+        self.metrics = Metrics()
+        self.catalog = Catalog(settings.models, simulator_url)
+        self.models = ModelClient(self.catalog, settings.models)
+        self.store = PostgresStore(
+            settings.postgres.url.get_secret_value(), settings.postgres, term_s=sessions.term_s
+        )
+        self.redis = RedisStore(
+            settings.redis.url.get_secret_value(),
+            settings.redis,
+            window_turns=sessions.window_turns,
+            clock=clock,
+        )
+        self.ownership = Ownership(self.store, sessions, clock, kind=placement, address=address)
+        self.agents = Agents(settings.agents)
+        self._tails = TailWriter(self.redis, self.ownership.confirm)
+        self._journal = Journal(self.store)
+        self._hubs: dict[Key, Hub] = {}
+        self._hint = hint
+        tools = Toolbox([ECHO])
+        runtime = SessionRuntime(
+            owner_id=self.ownership.owner_id,
+            journal=self._journal,
+            hot=self.redis,
+            wire=self.redis,
+            tails=self._tails,
+            models=self.models,
+            continues_text=lambda name: self.catalog.resolve(name).continues_text,
+            default_model=self.catalog.default,
+            agents=self.agents,
+            tools=tools,
+            clock=clock,
+            metrics=self.metrics,
+        )
+        self.residents = Residents(
+            store=self.store,
+            hot=self.redis,
+            runtime=runtime,
+            ownership=self.ownership,
+            settings=sessions,
+            placement=placement,
+            rules=self._rules,
+            hubs=self._hubs,
+            clock=clock,
+            metrics=self.metrics,
+        )
+        self.following = Following(
+            store=self.store,
+            tails=self._tails,
+            owner_id=self.ownership.owner_id,
+            hubs=self._hubs,
+            clock=clock,
+        )
+        self.sessions = SessionService(
+            store=self.store,
+            hot=self.redis,
+            wire=self.redis,
+            ownership=self.ownership,
+            residents=self.residents,
+            following=self.following,
+            tails=self._tails,
+            agents=self.agents,
+            check_model=self.catalog.resolve,
+            settings=sessions,
+            clock=clock,
+            launch_dedicated=launch_dedicated or _cannot_launch,
+        )
+        self._recovery = Recovery(
+            store=self.store,
+            ownership=self.ownership,
+            residents=self.residents,
+            settings=sessions,
+            launch_dedicated=launch_dedicated,
+        )
+        self.ownership.verify = self.residents.verify
+        self.residents.on_claim = self._claimed
+        self._tasks: list[asyncio.Task[None]] = []
+        self._hints: set[asyncio.Task[None]] = set()
+        self.stopping = asyncio.Event()
+        """Set when this process begins to drain: endless streams end with a cursor."""
+
+    def _rules(self, agent: str) -> Rules:
+        sessions = self.settings.sessions
+        return Rules(
+            window_turns=sessions.window_turns,
+            max_steps=self.agents.get(agent).max_steps,
+            model_attempts=self.settings.models.attempts,
+            recovery_attempts=sessions.recovery_attempts,
+        )
+
+    async def start(self) -> None:
+        """Connect and begin to own sessions. Raises ``StorageUnavailableError``."""
+        await self.store.open()
+        await self.ownership.beat()
+        loop = asyncio.get_running_loop()
+        for loop_body in (self.ownership.run(), self._recovery.run(), self._listen()):
+            task = loop.create_task(loop_body)
+            task.add_done_callback(_report_end)
+            self._tasks.append(task)
+        log.info("owner_started", owner=self.ownership.owner_id)
+
+    async def stop(self, timeout_s: float | None = None) -> None:
+        """Drain: end endless streams, release sessions as their turns end, and leave."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        drain_s = self.settings.sessions.drain_s if timeout_s is None else timeout_s
+        await self.residents.drain(drain_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._journal.stop()
+        await self._tails.stop()
+        await self.following.close()
+        await self.ownership.leave()
+        await self.redis.close()
+        await self.models.close()
+        await self.store.close()
+        log.info("owner_stopped", owner=self.ownership.owner_id)
+
+    def _claimed(self, key: Key) -> None:
+        if self._hint is not None:
+            task = asyncio.get_running_loop().create_task(
+                self.redis.hint_owner(key[0], key[1], self._hint)
+            )
+            self._hints.add(task)
+            task.add_done_callback(self._hints.discard)
+
+    async def _listen(self) -> None:
+        async with contextlib.aclosing(self.redis.listen(self.ownership.owner_id)) as messages:
+            async for body in messages:
+                try:
+                    await self._receive(_messages.decode(body))
+                except Exception as error:  # the outer wall: one message must not end the rest
+                    log.exception("wire_message_failed", error=type(error).__name__)
+
+    async def _receive(self, message: WireMessage) -> None:
+        key = (message.tenant, message.session_id)
+        if message.kind == "live":
+            self.following.receive(message)
+            return
+        actor = self.residents.find(key)
+        if actor is None:
+            return
+        if message.kind == "deleted":
+            self.residents.lose(actor)
+            return
+        if message.sender:
+            hub = actor.hub
+            if hub is None:
+                hub = actor.hub = self._hubs.setdefault(key, Hub(actor.state.seq))
+                hub.local = True
+            self.following.add_follower(hub, message.sender)
+            if message.kind == "follow":
+                self._tails.send([message.sender], hub.snapshot(*key))
+        if message.kind == "wake":
+            if message.sender:
+                self.residents.came_through(actor, message.sender)
+            await self.residents.look_into_inbox(key)
+
+
+async def _cannot_launch(tenant: str, session_id: str) -> None:
+    del tenant, session_id
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("owner_task_ended", error=repr(error))

@@ -1,0 +1,430 @@
+"""The sessions that this process owns: activation, their mailboxes, passivation, loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from agentray.clock import Clock
+from agentray.config.settings import SessionsSettings
+from agentray.errors import AgentRayError, OwnershipLostError, StorageError
+from agentray.events import AnyEvent, Message, TurnOptions, decode_event
+from agentray.sessions.actor import SessionActor
+from agentray.sessions.base import Placement
+from agentray.sessions.ownership import Ownership
+from agentray.sessions.runtime import SessionRuntime, TurnDuplicate
+from agentray.sessions.state import Command, Rules, SessionState, fold
+from agentray.sessions.stream import Hub
+from agentray.storage.base import Claim, DurableStore, HotCopy, HotStore, TurnBirth, TurnRow
+from agentray.telemetry.logging import get_logger
+from agentray.telemetry.metrics import Metrics
+
+__all__ = ["Residents"]
+
+log = get_logger(__name__)
+
+_PASSIVATION_BATCH = 200
+_PAGE = 1_000
+
+Key = tuple[str, str]
+
+
+class Residents:
+    """All actors of one owner, by (tenant, session id), least recently used first."""
+
+    def __init__(
+        self,
+        *,
+        store: DurableStore,
+        hot: HotStore,
+        runtime: SessionRuntime,
+        ownership: Ownership,
+        settings: SessionsSettings,
+        placement: Placement,
+        rules: Callable[[str], Rules],
+        hubs: dict[Key, Hub],
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._hot = hot
+        self._runtime = runtime
+        self._ownership = ownership
+        self._settings = settings
+        self._placement: Placement = placement
+        self._rules = rules
+        self._hubs = hubs
+        self._clock = clock
+        self._metrics = metrics
+        self._actors: OrderedDict[Key, SessionActor] = OrderedDict()
+        self._activating: dict[Key, asyncio.Future[SessionActor | None]] = {}
+        self._releasing: dict[Key, asyncio.Task[bool]] = {}
+        self.running = 0
+        self.draining = False
+        self.on_claim: Callable[[Key], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def find(self, key: Key) -> SessionActor | None:
+        """Return a resident session and note its use."""
+        actor = self._actors.get(key)
+        if actor is not None:
+            self._actors.move_to_end(key)
+            actor.used_at = self._clock.monotonic()
+        return actor
+
+    def knows(self, key: Key, turn_id: str) -> bool:
+        """Return whether an accepted turn waits or runs here already."""
+        actor = self._actors.get(key)
+        if actor is None:
+            return False
+        turn = actor.state.turn
+        if turn is not None and turn.id == turn_id:
+            return True
+        return any(row.id == turn_id for row in actor.mailbox or ())
+
+    # Activation
+
+    async def activate(self, key: Key) -> SessionActor | None:
+        """Bring a session to memory; None if it does not exist or a live owner has it.
+
+        Raises:
+            StorageUnavailableError: PostgreSQL is away.
+            SessionsError: the journal cannot be folded; the session is parked then.
+        """
+        if (releasing := self._releasing.get(key)) is not None:
+            await asyncio.shield(releasing)
+        if (actor := self.find(key)) is not None:
+            return actor
+        if self.draining:
+            return None
+        if (waiting := self._activating.get(key)) is not None:
+            return await asyncio.shield(waiting)
+        task = asyncio.ensure_future(self._activate(key))
+        self._activating[key] = task
+        task.add_done_callback(lambda _: self._activating.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _activate(self, key: Key) -> SessionActor | None:
+        tenant, session_id = key
+        # The hot copy is fetched beside the claim: it is checked against the claimed row.
+        hot_copy = asyncio.ensure_future(self._hot.load(tenant, session_id))
+        claim = await self._store.claim(
+            tenant,
+            session_id,
+            self._ownership.owner_id,
+            placement=self._placement,
+            term_s=self._settings.term_s,
+        )
+        copy = await hot_copy
+        if claim is None:
+            return None
+        rules = self._rules(claim.row.agent)
+        try:
+            state = await self._restore(claim, copy, rules)
+        except (msgspec.MsgspecError, AgentRayError) as error:
+            if isinstance(error, StorageError):
+                await self._store.release(
+                    tenant, session_id, epoch=claim.row.epoch, inbox=claim.row.inbox
+                )
+                raise
+            log.error("session_parked", session=session_id, error=str(error))
+            reason = f"its journal cannot be read: {error}"
+            await self._store.park(tenant, session_id, epoch=claim.row.epoch, reason=reason)
+            raise
+        actor = SessionActor(claim.row, state, rules, self._hubs.get(key))
+        actor.used_at = self._clock.monotonic()
+        if actor.hub is not None:
+            actor.hub.local = True
+        self._actors[key] = actor
+        if self.on_claim is not None:
+            self.on_claim(key)
+        if state.turn is not None:
+            cancel = any(t.id == state.turn.id and t.cancel_requested for t in claim.turns)
+            self._queue(actor, claim.turns)
+            self._start(actor, self._resumed(actor, cancel))
+        elif self._queue(actor, claim.turns):
+            self._start(actor, None)
+        return actor
+
+    async def _restore(self, claim: Claim, copy: HotCopy | None, rules: Rules) -> SessionState:
+        row = claim.row
+        if copy is not None and copy.seq <= row.last_seq:
+            self._metrics.activations.labels("hot").inc()
+            state = SessionState(copy.seq, copy.turns, copy.window[-rules.window_turns :])
+            while state.seq < row.last_seq:
+                bodies = await self._store.events(
+                    row.tenant, row.id, after=state.seq, limit=_PAGE, up_to=row.last_seq
+                )
+                state = fold(state, _decode(bodies), rules)
+            return state
+        self._metrics.activations.labels("durable").inc()
+        if row.last_seq == 0:
+            return SessionState()
+        events = _decode(
+            await self._store.recent_events(row.tenant, row.id, turns=rules.window_turns + 1)
+        )
+        begun = sum(event.__struct_config__.tag == "turn.accepted" for event in events)
+        base = SessionState(seq=events[0].seq - 1, turns=row.turns - begun)
+        return fold(base, events, rules)
+
+    # Turns
+
+    async def begin(
+        self, actor: SessionActor, birth: TurnBirth, input: Sequence[Message], options: TurnOptions
+    ) -> bool:
+        """Accept a turn in an idle session and run it; False if its idempotency key exists.
+
+        Returns when the acceptance is durable. Cancelling the caller cancels nothing.
+
+        Raises:
+            OwnershipLostError: the session is another's by now.
+        """
+        accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        async def born() -> tuple[Command, ...]:
+            try:
+                commands = await self._runtime.run_born(actor, birth, input, options)
+            except TurnDuplicate:
+                _settle(accepted, False)
+                return ()
+            except BaseException as error:
+                if not accepted.done():
+                    accepted.set_exception(
+                        error
+                        if isinstance(error, AgentRayError)
+                        else OwnershipLostError("this owner stops", session_id=actor.id)
+                    )
+                raise
+            _settle(accepted, True)
+            return commands
+
+        actor.last_sender = actor.other_host = None
+        self._start(actor, born)
+        return await asyncio.shield(accepted)
+
+    def _resumed(self, actor: SessionActor, cancel: bool) -> Callable[[], object]:
+        return lambda: self._runtime.run_resumed(actor, cancel_requested=cancel)
+
+    def _queue(self, actor: SessionActor, turns: Sequence[TurnRow]) -> bool:
+        """Put accepted turns that are new into the mailbox; return whether it has any."""
+        known = {row.id for row in actor.mailbox} if actor.mailbox else set[str]()
+        current = actor.state.turn.id if actor.state.turn else None
+        for row in turns:
+            if row.state == "accepted" and row.id not in known and row.id != current:
+                if actor.mailbox is None:
+                    actor.mailbox = deque()
+                actor.mailbox.append(row)
+        return bool(actor.mailbox)
+
+    def _start(self, actor: SessionActor, first: Callable[[], object] | None) -> None:
+        self.running += 1
+        actor.task = asyncio.get_running_loop().create_task(self._run(actor, first))
+
+    async def _run(self, actor: SessionActor, first: Callable[[], object] | None) -> None:
+        began = self._clock.monotonic()
+        try:
+            self._go_live(actor)
+            if first is not None:
+                commands: tuple[Command, ...] = await first()  # type: ignore[misc]
+                await self._runtime.carry_out(actor, commands)
+                self._metrics.turn_seconds.observe(self._clock.monotonic() - began)
+            while actor.mailbox and not self.draining:
+                row = actor.mailbox.popleft()
+                began = self._clock.monotonic()
+                self._go_live(actor)
+                commands = await self._runtime.run_accepted(actor, row)
+                await self._runtime.carry_out(actor, commands)
+                self._metrics.turn_seconds.observe(self._clock.monotonic() - began)
+        except OwnershipLostError as error:
+            log.warning("ownership_lost", session=actor.id, error=str(error))
+            self._metrics.ownership_lost.inc()
+            self.drop(actor)
+        except asyncio.CancelledError:
+            self.drop(actor)
+            raise
+        except Exception as error:  # the room's outer wall: one session must not end the others
+            log.exception("session_failed", session=actor.id, error=type(error).__name__)
+            self.drop(actor)
+            await self._park(actor, f"{type(error).__name__}: {error}")
+        finally:
+            self.running -= 1
+            actor.task = None
+            actor.used_at = self._clock.monotonic()
+            self._after_run(actor)
+
+    def _go_live(self, actor: SessionActor) -> None:
+        """Give a turn that begins a hub of its own; readers that lag read the journal."""
+        if actor.hub is None:
+            actor.hub = self._hubs.setdefault(actor.key, Hub())
+        actor.hub.local = True
+        actor.hub.rebase(actor.state.seq)
+
+    def _after_run(self, actor: SessionActor) -> None:
+        hub = actor.hub
+        if hub is not None and not hub.readers and not hub.followers:
+            actor.hub = None
+            if self._hubs.get(actor.key) is hub:
+                del self._hubs[actor.key]
+        if actor.mailbox is not None and not actor.mailbox:
+            actor.mailbox = None
+        if actor.other_host is not None and not actor.dropped:
+            # Two messages in a row came through another host: it may have the session.
+            asyncio.get_running_loop().create_task(self.release(actor))
+
+    async def _park(self, actor: SessionActor, reason: str) -> None:
+        try:
+            await self._store.park(actor.tenant, actor.id, epoch=actor.epoch, reason=reason)
+        except StorageError as error:
+            log.error("park_failed", session=actor.id, error=str(error))
+
+    async def look_into_inbox(self, key: Key) -> None:
+        """Take up what others accepted or cancelled in a session of ours."""
+        actor = self._actors.get(key)
+        if actor is None:
+            return
+        found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
+        if actor.dropped or self._actors.get(key) is not actor:
+            return
+        if found is None:
+            self.lose(actor)
+            return
+        actor.inbox, turns = found
+        for row in turns:
+            if row.cancel_requested:
+                self.cancel_here(actor, row.id)
+        if self._queue(actor, turns) and not actor.busy and not self.draining:
+            self._start(actor, None)
+
+    def cancel_here(self, actor: SessionActor, turn_id: str) -> None:
+        """Cancel a turn of a resident session, running or waiting."""
+        if actor.cancel(turn_id) or not actor.mailbox:
+            return
+        for index, row in enumerate(actor.mailbox):
+            if row.id == turn_id and not row.cancel_requested:
+                actor.mailbox[index] = msgspec.structs.replace(row, cancel_requested=True)
+
+    def came_through(self, actor: SessionActor, host: str) -> None:
+        """Note that a message arrived at another host; the second in a row moves the session."""
+        if actor.last_sender == host:
+            actor.other_host = host
+        actor.last_sender = host
+
+    def queued(self) -> int:
+        """Return how many accepted turns wait in the mailboxes."""
+        return sum(len(actor.mailbox) for actor in self._actors.values() if actor.mailbox)
+
+    # Leaving memory
+
+    async def release(self, actor: SessionActor) -> bool:
+        """Give an idle session up; False if it is busy or has mail."""
+        key = actor.key
+        if actor.busy or actor.dropped or key in self._releasing:
+            return False
+        task = asyncio.ensure_future(self._release(actor))
+        self._releasing[key] = task
+        task.add_done_callback(lambda _: self._releasing.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _release(self, actor: SessionActor) -> bool:
+        outcome = await self._store.release(
+            actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
+        )
+        if outcome == "inbox":
+            await self.look_into_inbox(actor.key)
+            return False
+        self._metrics.passivations.inc()
+        self.drop(actor)
+        return True
+
+    def drop(self, actor: SessionActor) -> None:
+        """Forget a session without a word: it is released, or another's."""
+        actor.dropped = True
+        if self._actors.get(actor.key) is actor:
+            del self._actors[actor.key]
+        if actor.hub is not None:
+            actor.hub.local = False
+            actor.hub.notify()
+        self._hot.forget(actor.tenant, actor.id)
+
+    def lose(self, actor: SessionActor) -> None:
+        """Drop a session that is another's, and stop what runs in it."""
+        self._metrics.ownership_lost.inc()
+        self.drop(actor)
+        if actor.task is not None:
+            actor.task.cancel()
+
+    async def passivate_idle(self) -> None:
+        """Release sessions that were idle for long, and the oldest of too many."""
+        now = self._clock.monotonic()
+        excess = len(self._actors) - self._settings.max_resident
+        chosen: list[SessionActor] = []
+        for actor in self._actors.values():
+            over = len(chosen) < excess
+            if not over and now - actor.used_at < self._settings.idle_s:
+                break
+            if not actor.busy and not (actor.hub and actor.hub.readers):
+                chosen.append(actor)
+            if len(chosen) >= _PASSIVATION_BATCH:
+                break
+        for actor in chosen:
+            if not actor.busy:
+                await self.release(actor)
+
+    async def verify(self) -> None:
+        """Drop every session whose epoch has moved while this process slept."""
+        actors = list(self._actors.values())
+        epochs = await self._store.epochs([actor.key for actor in actors])
+        for actor in actors:
+            if epochs.get(actor.key) != actor.epoch and not actor.dropped:
+                self.lose(actor)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Release everything at the ends of turns; what still runs after the time is left to
+        recovery by others."""
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self._actors:
+            for actor in [actor for actor in self._actors.values() if not actor.busy]:
+                try:
+                    await self._give_up(actor)
+                except StorageError as error:
+                    log.warning("drain_release_failed", session=actor.id, error=str(error))
+                    self.drop(actor)
+            tasks = [actor.task for actor in self._actors.values() if actor.task is not None]
+            left = deadline - loop.time()
+            if not tasks or left <= 0:
+                break
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for actor in list(self._actors.values()):
+            self.lose(actor)
+
+    async def _give_up(self, actor: SessionActor) -> None:
+        # Mail does not hold a draining host: the session's next owner reads it.
+        actor.mailbox = None
+        while True:
+            outcome = await self._store.release(
+                actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
+            )
+            if outcome != "inbox":
+                self.drop(actor)
+                return
+            found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
+            if found is None:
+                self.drop(actor)
+                return
+            actor.inbox = found[0]
+
+
+def _decode(bodies: Sequence[bytes]) -> list[AnyEvent]:
+    return [decode_event(body) for body in bodies]
+
+
+def _settle(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)

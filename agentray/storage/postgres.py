@@ -1,0 +1,474 @@
+"""The durable tier on PostgreSQL: fenced appends, acceptance, ownership and heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import dict_row, tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from agentray.config.settings import PostgresSettings
+from agentray.errors import StorageError, StorageUnavailableError
+from agentray.storage import postgres_sql as sql
+from agentray.storage.base import (
+    Acceptance,
+    Accepted,
+    Append,
+    AppendResult,
+    Claim,
+    OpenTurn,
+    SessionRow,
+    TurnRow,
+)
+from agentray.storage.schema import MIGRATIONS
+
+__all__ = ["PostgresStore", "forget_hosts", "migrate"]
+
+_MIGRATION_LOCK = 0x61_67_72_61_79
+
+
+def _unavailable(error: Exception) -> StorageUnavailableError:
+    return StorageUnavailableError(f"PostgreSQL: {str(error).strip() or type(error).__name__}")
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+        raise _unavailable(error) from error
+    except psycopg.Error as error:
+        raise StorageError(f"PostgreSQL refused a statement: {error}") from error
+
+
+async def migrate(url: str, *, timeout_s: float = 10.0) -> None:
+    """Bring the schema up to date; safe with many processes starting together.
+
+    Raises:
+        StorageUnavailableError: the server cannot be reached.
+        StorageError: the schema is newer than this program, or a statement was refused.
+    """
+    async with _translated():
+        connection = await AsyncConnection.connect(
+            url, autocommit=True, connect_timeout=max(1, int(timeout_s))
+        )
+        async with connection:
+            await connection.execute("SELECT pg_advisory_lock(%s)", [_MIGRATION_LOCK])
+            await connection.execute(
+                "CREATE TABLE IF NOT EXISTS schema_version (version int NOT NULL)"
+            )
+            cursor = await connection.execute("SELECT coalesce(max(version), 0) FROM schema_version")
+            row = await cursor.fetchone()
+            version: int = row[0] if row else 0
+            if version > len(MIGRATIONS):
+                raise StorageError(
+                    f"the database has schema version {version}, this program knows "
+                    f"{len(MIGRATIONS)}: install a newer agentray"
+                )
+            for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+                async with connection.transaction():
+                    await connection.execute(statements.encode())
+                    await connection.execute("INSERT INTO schema_version VALUES (%s)", [number])
+
+
+async def forget_hosts(url: str) -> None:
+    """Declare every owner dead. Only for whoever knows that none is left alive.
+
+    Raises:
+        StorageUnavailableError: the server cannot be reached.
+    """
+    async with _translated():
+        async with await AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute("DELETE FROM hosts")
+
+
+class PostgresStore:
+    """``DurableStore`` on a PostgreSQL server.
+
+    Appends have a connection of their own, so that nothing queues in front of them; the rest
+    shares a pool.
+    """
+
+    def __init__(self, url: str, settings: PostgresSettings, *, term_s: float) -> None:
+        self._url = url
+        self._settings = settings
+        self._term_s = term_s
+        self._journal: AsyncConnection[tuple[Any, ...]] | None = None
+        options = f"-c statement_timeout={int(settings.statement_timeout_s * 1000)}"
+        self._connect_args: dict[str, Any] = {
+            "autocommit": True,
+            "options": options,
+            "connect_timeout": max(1, int(settings.connect_timeout_s)),
+            "prepare_threshold": 2,
+        }
+        self._pool: AsyncConnectionPool[AsyncConnection[dict[str, Any]]] = AsyncConnectionPool(
+            url,
+            kwargs={**self._connect_args, "row_factory": dict_row},
+            connection_class=AsyncConnection[dict[str, Any]],
+            min_size=1,
+            max_size=settings.pool_size,
+            timeout=settings.connect_timeout_s,
+            reconnect_timeout=0,
+            check=None,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        """Connect. Raises ``StorageUnavailableError``."""
+        async with _translated():
+            await self._pool.open(wait=False)
+        await self.ping()
+
+    async def close(self) -> None:
+        await self._pool.close(timeout=2.0)
+        if self._journal is not None:
+            await self._journal.close()
+
+    async def ping(self) -> None:
+        await self._rows("SELECT 1", [])
+
+    async def _rows(self, statement: str, params: Sequence[Any]) -> list[dict[str, Any]]:
+        async with _translated(), asyncio.timeout(self._settings.statement_timeout_s):
+            try:
+                async with self._pool.connection() as connection:
+                    cursor = await connection.execute(statement, params)
+                    return await cursor.fetchall() if cursor.description else []
+            except psycopg.OperationalError:
+                # A server that restarted leaves dead connections in the pool: weed them out.
+                await self._pool.check()
+                raise
+
+    # The journal
+
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
+        params = _append_params(appends)
+        async with _translated():
+            try:
+                if self._journal is None or self._journal.closed:
+                    self._journal = await AsyncConnection.connect(
+                        self._url, **self._connect_args, row_factory=tuple_row
+                    )
+                cursor = await self._journal.execute(sql.APPEND, params)
+                rows = await cursor.fetchall()
+            except (psycopg.OperationalError, psycopg.InterfaceError, asyncio.CancelledError):
+                # The answer may have been lost: never read it for another statement.
+                if self._journal is not None:
+                    connection, self._journal = self._journal, None
+                    await connection.close()
+                raise
+        results = [AppendResult("locked")] * len(appends)
+        for index, exists, locked, fits, landed, epoch, last_seq in rows:
+            if landed:
+                results[index] = AppendResult("landed", epoch, last_seq)
+            elif not exists:
+                results[index] = AppendResult("gone")
+            elif not locked:
+                results[index] = AppendResult("locked")
+            elif fits:
+                results[index] = AppendResult("duplicate", epoch, last_seq)
+            else:
+                results[index] = AppendResult("stale", epoch, last_seq)
+        return results
+
+    async def events(
+        self, tenant: str, session_id: str, *, after: int, limit: int, up_to: int | None = None
+    ) -> list[bytes]:
+        rows = await self._rows(
+            "SELECT body FROM events WHERE tenant = %s AND session_id = %s AND seq > %s"
+            " AND seq <= %s ORDER BY seq LIMIT %s",
+            [tenant, session_id, after, up_to if up_to is not None else 2**62, limit],
+        )
+        return [row["body"].encode() for row in rows]
+
+    async def recent_events(self, tenant: str, session_id: str, *, turns: int) -> list[bytes]:
+        rows = await self._rows(
+            sql.RECENT_EVENTS, [tenant, session_id, tenant, session_id, max(0, turns - 1)]
+        )
+        return [row["body"].encode() for row in rows]
+
+    # Sessions
+
+    async def create_session(
+        self, row: SessionRow, *, ttl_s: float | None, owner: str | None = None
+    ) -> tuple[SessionRow, bool]:
+        rows = await self._rows(
+            sql.CREATE_SESSION,
+            [
+                row.tenant,
+                row.id,
+                row.agent,
+                row.user,
+                row.placement,
+                row.origin,
+                msgspec.json.encode(row.metadata).decode(),
+                ttl_s,
+                1 if owner else 0,
+                owner,
+            ],
+        )
+        existing = await self.session(row.tenant, row.id)
+        if existing is None:
+            raise StorageUnavailableError(f"session {row.id} was deleted while it was made")
+        return existing, bool(rows)
+
+    async def session(self, tenant: str, session_id: str) -> SessionRow | None:
+        rows = await self._rows(sql.SESSION, [self._term_s, tenant, session_id])
+        return _session_row(rows[0]) if rows else None
+
+    async def sessions(
+        self,
+        tenant: str,
+        *,
+        user: str | None,
+        agent: str | None,
+        status: str | None,
+        before: tuple[float, str] | None,
+        limit: int,
+    ) -> list[SessionRow]:
+        statement, params = sql.list_sessions(
+            self._term_s, tenant, user=user, agent=agent, status=status, before=before, limit=limit
+        )
+        return [_session_row(row) for row in await self._rows(statement, params)]
+
+    async def update_metadata(
+        self, tenant: str, session_id: str, metadata: dict[str, str]
+    ) -> SessionRow | None:
+        await self._rows(
+            "UPDATE sessions SET metadata = %s, updated_at = now() WHERE tenant = %s AND id = %s",
+            [msgspec.json.encode(metadata).decode(), tenant, session_id],
+        )
+        return await self.session(tenant, session_id)
+
+    async def delete_session(self, tenant: str, session_id: str) -> SessionRow | None:
+        async with _translated(), self._pool.connection() as connection, connection.transaction():
+            cursor = await connection.execute(
+                sql.SESSION + " FOR UPDATE OF s", [self._term_s, tenant, session_id]
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                return None
+            for table, column in (("events", "session_id"), ("turns", "session_id")):
+                await connection.execute(
+                    f"DELETE FROM {table} WHERE tenant = %s AND {column} = %s",  # noqa: S608
+                    [tenant, session_id],
+                )
+            await connection.execute(
+                "DELETE FROM sessions WHERE tenant = %s AND id = %s", [tenant, session_id]
+            )
+            return _session_row(row)
+
+    async def fork_session(
+        self, tenant: str, session_id: str, new_id: str, up_to_seq: int
+    ) -> SessionRow | None:
+        async with _translated(), self._pool.connection() as connection, connection.transaction():
+            names = {"tenant": tenant, "old": session_id, "new": new_id, "seq": up_to_seq}
+            for statement in sql.FORK_SESSION:
+                await connection.execute(statement, names)
+        return await self.session(tenant, new_id)
+
+    # Turns
+
+    async def accept(self, acceptance: Acceptance) -> Accepted:
+        a = acceptance
+        async with _translated(), self._pool.connection() as connection, connection.transaction():
+            cursor = await connection.execute(
+                sql.SESSION + " FOR UPDATE OF s", [self._term_s, a.tenant, a.session_id]
+            )
+            found = await cursor.fetchone()
+            if found is None:
+                return Accepted(outcome="gone")
+            row = _session_row(found)
+            facts: dict[str, Any] = {
+                "owner": row.owner,
+                "owner_alive": row.owner_alive,
+                "placement": row.placement,
+                "last_seq": row.last_seq,
+            }
+            # All below runs behind the row's lock: a statement of its own sees what came before.
+            if a.idempotency_key is not None:
+                cursor = await connection.execute(
+                    sql.TURN + " AND idempotency_key = %s",
+                    [a.tenant, a.session_id, a.idempotency_key],
+                )
+                if (known := await cursor.fetchone()) is not None:
+                    return Accepted(outcome="duplicate", turn=_turn_row(known), **facts)
+            cursor = await connection.execute(sql.COUNT_OPEN, [a.tenant, a.session_id])
+            counted = await cursor.fetchone()
+            open_turns: int = counted["open"] if counted else 0
+            if row.expired:
+                return Accepted(outcome="closed", **facts)
+            if a.if_busy == "reject" and open_turns:
+                return Accepted(outcome="busy", **facts)
+            if a.after_turn is not None and row.latest_turn != a.after_turn:
+                return Accepted(outcome="outdated", **facts)
+            if open_turns >= a.max_queued:
+                return Accepted(outcome="full", **facts)
+            if a.if_busy == "interrupt":
+                await connection.execute(sql.CANCEL_OPEN, [a.tenant, a.session_id])
+            cursor = await connection.execute(
+                sql.ACCEPT,
+                [
+                    a.tenant,
+                    a.session_id,
+                    a.turn_id,
+                    a.idempotency_key,
+                    a.request_hash,
+                    a.input.decode(),
+                    a.options.decode(),
+                ],
+            )
+            turn = await cursor.fetchone()
+            await connection.execute(
+                "UPDATE sessions SET inbox = inbox + 1, latest_turn = %s, parked_reason = NULL,"
+                " updated_at = now() WHERE tenant = %s AND id = %s",
+                [a.turn_id, a.tenant, a.session_id],
+            )
+            if turn is None:
+                raise StorageError("an inserted turn was not returned")
+            return Accepted(outcome="accepted", turn=_turn_row(turn), **facts)
+
+    async def turn(self, tenant: str, session_id: str, turn_id: str) -> TurnRow | None:
+        rows = await self._rows(sql.TURN + " AND id = %s", [tenant, session_id, turn_id])
+        return _turn_row(rows[0]) if rows else None
+
+    async def turn_by_key(self, tenant: str, session_id: str, key: str) -> TurnRow | None:
+        rows = await self._rows(sql.TURN + " AND idempotency_key = %s", [tenant, session_id, key])
+        return _turn_row(rows[0]) if rows else None
+
+    async def request_cancel(
+        self, tenant: str, session_id: str, turn_id: str | None
+    ) -> tuple[list[str], str | None]:
+        rows = await self._rows(sql.REQUEST_CANCEL, [tenant, session_id, turn_id, turn_id])
+        return [row["id"] for row in rows], rows[0]["owner"] if rows else None
+
+    # Ownership
+
+    async def claim(
+        self,
+        tenant: str,
+        session_id: str,
+        owner: str,
+        *,
+        placement: Literal["shared", "dedicated"],
+        term_s: float,
+    ) -> Claim | None:
+        rows = await self._rows(
+            sql.CLAIM, [owner, tenant, session_id, placement, owner, term_s]
+        )
+        if not rows:
+            return None
+        previous: str | None = rows[0].pop("previous_owner")
+        row = _session_row(rows[0])
+        turns = await self._rows(
+            sql.TURN + " AND state <> 'done' ORDER BY ordinal", [tenant, session_id]
+        )
+        return Claim(
+            row=row,
+            turns=tuple(_turn_row(turn) for turn in turns),
+            previous_owner=previous,
+        )
+
+    async def release(
+        self, tenant: str, session_id: str, *, epoch: int, inbox: int
+    ) -> Literal["released", "inbox", "lost"]:
+        # The inbox is a column of the locked row, because a subquery over turns would be
+        # answered from the statement's snapshot, taken before it waited for that lock.
+        rows = await self._rows(
+            "UPDATE sessions SET owner = NULL WHERE tenant = %s AND id = %s AND epoch = %s"
+            " AND inbox = %s RETURNING 1 AS one",
+            [tenant, session_id, epoch, inbox],
+        )
+        if rows:
+            return "released"
+        current = await self.session(tenant, session_id)
+        return "inbox" if current is not None and current.epoch == epoch else "lost"
+
+    async def park(self, tenant: str, session_id: str, *, epoch: int, reason: str) -> None:
+        await self._rows(
+            "UPDATE sessions SET owner = NULL, parked_reason = %s, updated_at = now()"
+            " WHERE tenant = %s AND id = %s AND epoch = %s",
+            [reason, tenant, session_id, epoch],
+        )
+
+    async def open_turns(
+        self, tenant: str, session_id: str, *, epoch: int
+    ) -> tuple[int, tuple[TurnRow, ...]] | None:
+        # The count is read first: a turn that comes in between is seen twice, never missed.
+        row = await self.session(tenant, session_id)
+        if row is None or row.epoch != epoch:
+            return None
+        turns = await self._rows(
+            sql.TURN + " AND state <> 'done' ORDER BY ordinal", [tenant, session_id]
+        )
+        return row.inbox, tuple(_turn_row(turn) for turn in turns)
+
+    async def inbox(self, owner: str) -> list[OpenTurn]:
+        rows = await self._rows(sql.INBOX, [owner])
+        return [
+            OpenTurn(r["tenant"], r["session_id"], r["id"], r["state"], r["cancel_requested"])
+            for r in rows
+        ]
+
+    async def orphans(
+        self, *, term_s: float, limit: int
+    ) -> list[tuple[str, str, Literal["shared", "dedicated"]]]:
+        rows = await self._rows(sql.ORPHANS, [term_s, limit])
+        return [(row["tenant"], row["id"], row["placement"]) for row in rows]
+
+    async def epochs(self, sessions: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        rows = await self._rows(
+            "SELECT s.tenant, s.id, s.epoch FROM sessions s JOIN unnest(%s::text[], %s::text[])"
+            " AS w(tenant, id) ON s.tenant = w.tenant AND s.id = w.id",
+            [[tenant for tenant, _ in sessions], [session_id for _, session_id in sessions]],
+        )
+        return {(row["tenant"], row["id"]): row["epoch"] for row in rows}
+
+    async def beat(self, owner: str, *, kind: str, address: str) -> None:
+        await self._rows(
+            "INSERT INTO hosts (id, kind, address) VALUES (%s, %s, %s)"
+            " ON CONFLICT (id) DO UPDATE SET beat_at = now(), address = excluded.address",
+            [owner, kind, address],
+        )
+
+    async def forget_owner(self, owner: str) -> None:
+        await self._rows("DELETE FROM hosts WHERE id = %s", [owner])
+
+
+def _append_params(appends: Sequence[Append]) -> list[Any]:
+    born = [append.born for append in appends]
+    counts = [len(append.events) for append in appends]
+    return [
+        list(range(len(appends))),
+        [append.tenant for append in appends],
+        [append.session_id for append in appends],
+        [append.epoch for append in appends],
+        [append.first_seq for append in appends],
+        counts,
+        [b.turn_id if b else None for b in born],
+        [b.idempotency_key if b else None for b in born],
+        [b.request_hash if b else None for b in born],
+        [b.options.decode() if b else None for b in born],
+        [append.started_turn for append in appends],
+        [append.ended_turn for append in appends],
+        [append.ended_status for append in appends],
+        [index for index, count in enumerate(counts) for _ in range(count)],
+        [append.first_seq + k for append in appends for k in range(len(append.events))],
+        [event.decode() for append in appends for event in append.events],
+    ]
+
+
+def _session_row(row: dict[str, Any]) -> SessionRow:
+    return SessionRow(**row)
+
+
+def _turn_row(row: dict[str, Any]) -> TurnRow:
+    body: str | None = row["input"]
+    row["input"] = body.encode() if body is not None else None
+    row["options"] = row["options"].encode()
+    return TurnRow(**row)

@@ -1,0 +1,257 @@
+"""The statements of the durable tier, each with what makes it right under concurrency."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ACCEPT",
+    "APPEND",
+    "CANCEL_OPEN",
+    "CLAIM",
+    "COUNT_OPEN",
+    "CREATE_SESSION",
+    "FORK_SESSION",
+    "INBOX",
+    "ORPHANS",
+    "RECENT_EVENTS",
+    "REQUEST_CANCEL",
+    "SESSION",
+    "TURN",
+    "list_sessions",
+]
+
+# An owner without a row is dead. One whose last beat is older than the term (%s) is dead
+# too, unless the server itself came up less than a term ago: nobody could beat before that.
+_OWNER_ALIVE = """
+  EXISTS (SELECT 1 FROM hosts h WHERE h.id = s.owner AND greatest(
+    h.beat_at, pg_postmaster_start_time()) > now() - make_interval(secs => %s))
+"""
+
+_SESSION_COLUMNS = """
+  s.tenant, s.id, s.agent, s.user_id AS user, s.placement, s.origin, s.metadata,
+  s.parked_reason,
+  extract(epoch FROM s.created_at)::float8 AS created_at,
+  extract(epoch FROM s.updated_at)::float8 AS updated_at,
+  extract(epoch FROM s.expires_at)::float8 AS expires_at,
+  coalesce(s.expires_at <= now(), false) AS expired,
+  s.epoch, s.owner, s.last_seq, s.inbox, s.turns, s.latest_turn
+"""
+
+_OPEN = """
+  (SELECT count(*) FROM turns t
+   WHERE t.tenant = s.tenant AND t.session_id = s.id AND t.state <> 'done') AS open_turns
+"""
+
+SESSION = f"""
+SELECT {_SESSION_COLUMNS}, {_OPEN}, {_OWNER_ALIVE} AS owner_alive
+FROM sessions s WHERE s.tenant = %s AND s.id = %s
+"""
+
+TURN = """
+SELECT id, ordinal, state, status, idempotency_key, request_hash, input, options,
+  cancel_requested,
+  extract(epoch FROM accepted_at)::float8 AS accepted_at,
+  extract(epoch FROM finished_at)::float8 AS finished_at,
+  first_seq, last_seq
+FROM turns WHERE tenant = %s AND session_id = %s
+"""
+
+# One statement for the appends of many sessions.
+# - locked: the rows' latest versions, locked; a row that somebody else holds is left for the
+#   next batch instead of stalling this one.
+# - fits: epoch and contiguity are compared on the locked rows, not on the snapshot's.
+# - born: a turn's idempotency key that exists already refuses its own append and no other.
+# - all changes follow from ok, so an append lands whole or not at all.
+APPEND = """
+WITH a AS MATERIALIZED (
+  SELECT * FROM unnest(
+    %s::int[], %s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::int[],
+    %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[]
+  ) AS a(i, tenant, id, epoch, first_seq, n,
+         born, key, hash, options, started, ended, ended_status)
+), locked AS MATERIALIZED (
+  SELECT a.i, s.epoch, s.last_seq
+  FROM a JOIN sessions s ON s.tenant = a.tenant AND s.id = a.id
+  FOR UPDATE OF s SKIP LOCKED
+), fits AS MATERIALIZED (
+  SELECT a.* FROM a JOIN locked l ON l.i = a.i
+  WHERE l.epoch = a.epoch AND l.last_seq + 1 = a.first_seq
+), born AS (
+  INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash, options,
+                     first_seq)
+  SELECT tenant, id, born, 'running', key, hash, options, first_seq
+  FROM fits WHERE born IS NOT NULL
+  ON CONFLICT DO NOTHING
+  RETURNING tenant, session_id
+), ok AS MATERIALIZED (
+  SELECT f.* FROM fits f LEFT JOIN born b ON b.tenant = f.tenant AND b.session_id = f.id
+  WHERE f.born IS NULL OR b.tenant IS NOT NULL
+), written AS (
+  INSERT INTO events (tenant, session_id, seq, epoch, body)
+  SELECT ok.tenant, ok.id, e.seq, ok.epoch, e.body
+  FROM unnest(%s::int[], %s::bigint[], %s::text[]) AS e(i, seq, body) JOIN ok ON ok.i = e.i
+), moved AS (
+  UPDATE sessions s SET
+    last_seq = ok.first_seq + ok.n - 1,
+    updated_at = now(),
+    turns = s.turns + (ok.born IS NOT NULL OR ok.started IS NOT NULL)::int,
+    latest_turn = coalesce(ok.born, s.latest_turn)
+  FROM ok WHERE s.tenant = ok.tenant AND s.id = ok.id
+), started AS (
+  UPDATE turns t SET state = 'running', first_seq = ok.first_seq, input = NULL
+  FROM ok WHERE t.tenant = ok.tenant AND t.session_id = ok.id AND t.id = ok.started
+), ended AS (
+  UPDATE turns t SET state = 'done', status = ok.ended_status, finished_at = now(),
+    last_seq = ok.first_seq + ok.n - 1
+  FROM ok WHERE t.tenant = ok.tenant AND t.session_id = ok.id AND t.id = ok.ended
+)
+SELECT a.i,
+  s.id IS NOT NULL AS exists, l.i IS NOT NULL AS locked, f.i IS NOT NULL AS fits,
+  ok.i IS NOT NULL AS landed,
+  coalesce(l.epoch, 0), coalesce(l.last_seq, 0)
+FROM a
+LEFT JOIN locked l ON l.i = a.i
+LEFT JOIN fits f ON f.i = a.i
+LEFT JOIN ok ON ok.i = a.i
+LEFT JOIN sessions s ON s.tenant = a.tenant AND s.id = a.id
+"""
+
+# The events of the last turns that began, from the first of them on.
+RECENT_EVENTS = """
+SELECT body FROM events WHERE tenant = %s AND session_id = %s AND seq >= coalesce(
+  (SELECT first_seq FROM turns WHERE tenant = %s AND session_id = %s AND first_seq IS NOT NULL
+   ORDER BY first_seq DESC OFFSET %s LIMIT 1), 0)
+ORDER BY seq
+"""
+
+CREATE_SESSION = """
+INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, expires_at,
+                      epoch, owner)
+VALUES (%s, %s, %s, %s, %s, %s, %s, now() + make_interval(secs => %s), %s, %s)
+ON CONFLICT DO NOTHING RETURNING 1 AS one
+"""
+
+FORK_SESSION = (
+    "SELECT 1 FROM sessions WHERE tenant = %(tenant)s AND id = %(old)s FOR SHARE",
+    """
+    INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, last_seq,
+                          turns, latest_turn)
+    SELECT tenant, %(new)s, agent, user_id, placement, origin, metadata, %(seq)s,
+      (SELECT count(*) FROM turns WHERE tenant = s.tenant AND session_id = s.id
+         AND last_seq <= %(seq)s),
+      (SELECT id FROM turns WHERE tenant = s.tenant AND session_id = s.id
+         AND last_seq = %(seq)s)
+    FROM sessions s WHERE tenant = %(tenant)s AND id = %(old)s
+    """,
+    """
+    INSERT INTO turns (tenant, session_id, id, state, status, request_hash, options,
+                       accepted_at, finished_at, first_seq, last_seq)
+    SELECT tenant, %(new)s, id, state, status, request_hash, options,
+      accepted_at, finished_at, first_seq, last_seq
+    FROM turns WHERE tenant = %(tenant)s AND session_id = %(old)s AND last_seq <= %(seq)s
+    ORDER BY ordinal
+    """,
+    """
+    INSERT INTO events (tenant, session_id, seq, epoch, body)
+    SELECT tenant, %(new)s, seq, 0, body FROM events
+    WHERE tenant = %(tenant)s AND session_id = %(old)s AND seq <= %(seq)s
+    """,
+)
+
+COUNT_OPEN = """
+SELECT count(*) AS open FROM turns WHERE tenant = %s AND session_id = %s AND state <> 'done'
+"""
+
+CANCEL_OPEN = """
+UPDATE turns SET cancel_requested = true
+WHERE tenant = %s AND session_id = %s AND state <> 'done'
+"""
+
+ACCEPT = """
+INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash, input, options)
+VALUES (%s, %s, %s, 'accepted', %s, %s, %s, %s)
+RETURNING id, ordinal, state, status, idempotency_key, request_hash, input, options,
+  cancel_requested,
+  extract(epoch FROM accepted_at)::float8 AS accepted_at,
+  NULL::float8 AS finished_at, first_seq, last_seq
+"""
+
+REQUEST_CANCEL = """
+WITH marked AS (
+  UPDATE turns SET cancel_requested = true
+  WHERE tenant = %s AND session_id = %s AND state <> 'done'
+    AND (%s::text IS NULL OR id = %s::text)
+  RETURNING tenant, session_id, id, ordinal
+)
+SELECT m.id, s.owner FROM marked m
+JOIN sessions s ON s.tenant = m.tenant AND s.id = m.session_id ORDER BY m.ordinal
+"""
+
+# Two claimants: the second waits for the first's row lock and then finds that the epoch it saw
+# is no longer the row's. Hosts are read from the snapshot; if that errs, the fence decides.
+CLAIM = f"""
+UPDATE sessions s SET epoch = s.epoch + 1, owner = %s, parked_reason = NULL
+FROM (SELECT tenant, id, epoch, owner FROM sessions WHERE tenant = %s AND id = %s) seen
+WHERE s.tenant = seen.tenant AND s.id = seen.id AND s.epoch = seen.epoch
+  AND s.placement = %s AND (s.owner IS NULL OR s.owner = %s OR NOT {_OWNER_ALIVE})
+RETURNING {_SESSION_COLUMNS}, 0 AS open_turns, true AS owner_alive,
+  seen.owner AS previous_owner
+"""
+
+INBOX = """
+SELECT t.tenant, t.session_id, t.id, t.state, t.cancel_requested
+FROM turns t JOIN sessions s ON s.tenant = t.tenant AND s.id = t.session_id
+WHERE t.state <> 'done' AND s.owner = %s AND (t.state = 'accepted' OR t.cancel_requested)
+ORDER BY t.ordinal
+"""
+
+# Not FOR UPDATE SKIP LOCKED: the claim that follows is a compare-and-set of its own, and two
+# sweepers that see the same session have one winner.
+ORPHANS = f"""
+SELECT s.tenant, s.id, s.placement
+FROM (SELECT DISTINCT tenant, session_id FROM turns WHERE state <> 'done') t
+JOIN sessions s ON s.tenant = t.tenant AND s.id = t.session_id
+WHERE s.parked_reason IS NULL AND (s.owner IS NULL OR NOT {_OWNER_ALIVE})
+ORDER BY random() LIMIT %s
+"""
+
+_STATUS_FILTERS = {
+    "closed": "s.expires_at <= now()",
+    "parked": "s.parked_reason IS NOT NULL",
+    "running": "EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"
+    " AND t.session_id = s.id AND t.state <> 'done')",
+    "idle": "s.parked_reason IS NULL AND coalesce(s.expires_at > now(), true)"
+    " AND NOT EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"
+    " AND t.session_id = s.id AND t.state <> 'done')",
+}
+
+
+def list_sessions(
+    term_s: float,
+    tenant: str,
+    *,
+    user: str | None,
+    agent: str | None,
+    status: str | None,
+    before: tuple[float, str] | None,
+    limit: int,
+) -> tuple[str, list[Any]]:
+    """Return the statement and parameters of a page of sessions, newest first."""
+    where, params = ["s.tenant = %s"], [term_s, tenant]
+    if user is not None:
+        where.append("s.user_id = %s")
+        params.append(user)
+    if agent is not None:
+        where.append("s.agent = %s")
+        params.append(agent)
+    if status is not None:
+        where.append(_STATUS_FILTERS[status])
+    if before is not None:
+        where.append("(s.created_at, s.id) < (to_timestamp(%s), %s)")
+        params.extend(before)
+    statement = (
+        f"SELECT {_SESSION_COLUMNS}, {_OPEN}, {_OWNER_ALIVE} AS owner_alive FROM sessions s"
+        f" WHERE {' AND '.join(where)} ORDER BY s.created_at DESC, s.id DESC LIMIT %s"
+    )
+    return statement, [*params, limit]

@@ -1,0 +1,271 @@
+"""The hot tier and the wire on Redis. Whatever fails here is logged, counted and done without."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from agentray.clock import Clock
+from agentray.config.settings import RedisSettings
+from agentray.storage.base import HotCopy
+
+__all__ = ["RedisStore"]
+
+_FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
+_TAIL_TTL_S = 900
+_RETRY_PAUSE_S = 0.5
+_MAX_PENDING_SAVES = 10_000
+
+# KEYS: the copy's hash and its list. ARGV: epoch, seq, turns, time to live in ms, the seq that
+# the stored list must have for the new entries to follow it (-1: replace), the list's bound,
+# then the entries. Returns 1 if stored, 0 if the stored copy is newer, -1 if entries are missing.
+_SAVE = """
+local at = redis.call('HMGET', KEYS[1], 'epoch', 'seq')
+local epoch, seq = tonumber(at[1] or '-1'), tonumber(at[2] or '-1')
+if epoch > tonumber(ARGV[1]) or (epoch == tonumber(ARGV[1]) and seq >= tonumber(ARGV[2])) then
+  return 0
+end
+if tonumber(ARGV[5]) == -1 then
+  redis.call('DEL', KEYS[2])
+elseif seq ~= tonumber(ARGV[5]) then
+  return -1
+end
+for i = 7, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
+redis.call('LTRIM', KEYS[2], -tonumber(ARGV[6]), -1)
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'seq', ARGV[2], 'turns', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+
+
+class _Save(msgspec.Struct):
+    epoch: int
+    copy: HotCopy
+    follows: int
+    fresh: int
+
+
+def _keys(tenant: str, session_id: str) -> tuple[str, str]:
+    # Braces keep both keys of a session in one slot of a Redis cluster.
+    return f"ar:hot:{{{tenant}/{session_id}}}", f"ar:hot:{{{tenant}/{session_id}}}:w"
+
+
+class RedisStore:
+    """``HotStore`` and ``Wire`` on a Redis server.
+
+    Saves are gathered while one round trip is under way and go out in one pipeline, as group
+    commit does. After a failure nothing is tried for half a second, so that a server that is
+    away costs its callers nothing.
+    """
+
+    def __init__(
+        self, url: str, settings: RedisSettings, *, window_turns: int, clock: Clock
+    ) -> None:
+        self._settings = settings
+        self._window_turns = window_turns
+        self._clock = clock
+        self._redis = Redis.from_url(
+            url,
+            socket_timeout=settings.timeout_s,
+            socket_connect_timeout=settings.timeout_s,
+            protocol=3,
+        )
+        # A subscription waits for as long as nobody says anything.
+        self._subscriber = Redis.from_url(
+            url, socket_timeout=None, socket_connect_timeout=settings.timeout_s, protocol=3
+        )
+        self._retry_at = 0.0
+        self._pending: dict[tuple[str, str], _Save | None] = {}
+        self._stored: dict[tuple[str, str], int] = {}
+        self._saver: asyncio.Task[None] | None = None
+        self._save_sha = ""
+        self.failures = 0
+
+    @property
+    def available(self) -> bool:
+        return self._clock.monotonic() >= self._retry_at
+
+    async def close(self) -> None:
+        if self._saver is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._saver
+        await self._redis.aclose()
+        await self._subscriber.aclose()
+
+    async def ping(self) -> bool:
+        """Return whether the server answers."""
+        try:
+            await cast(Awaitable[Any], self._redis.ping())
+        except _FAILURES:
+            self._failed()
+            return False
+        self._retry_at = 0.0
+        return True
+
+    def _failed(self) -> None:
+        self.failures += 1
+        self._retry_at = self._clock.monotonic() + _RETRY_PAUSE_S
+        # Whatever was stored may be gone when the server comes back.
+        self._stored.clear()
+
+    # The hot tier
+
+    async def load(self, tenant: str, session_id: str) -> HotCopy | None:
+        if not self.available:
+            return None
+        meta_key, list_key = _keys(tenant, session_id)
+        try:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.hmget(meta_key, ["seq", "turns"])
+            pipe.lrange(list_key, 0, -1)
+            (seq, turns), window = cast(Any, await pipe.execute())
+        except _FAILURES:
+            self._failed()
+            return None
+        return None if seq is None else HotCopy(int(seq), int(turns), tuple(window))
+
+    def save(
+        self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int
+    ) -> None:
+        key = (tenant, session_id)
+        waiting = self._pending.get(key)
+        follows = self._stored.get(key, -1)
+        fresh = min(len(copy.window), newest + (waiting.fresh if waiting else 0))
+        if len(self._pending) < _MAX_PENDING_SAVES:
+            self._pending[key] = _Save(epoch, copy, follows, fresh)
+            self._wake()
+
+    def forget(self, tenant: str, session_id: str) -> None:
+        """Forget what is known of a session's copy, which stays where it is."""
+        self._stored.pop((tenant, session_id), None)
+
+    def drop(self, tenant: str, session_id: str) -> None:
+        self.forget(tenant, session_id)
+        self._pending[tenant, session_id] = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._saver is None or self._saver.done():
+            self._saver = asyncio.get_running_loop().create_task(self._drain_saves())
+
+    async def _drain_saves(self) -> None:
+        while self._pending and self.available:
+            batch, self._pending = self._pending, {}
+            try:
+                await self._save_batch(batch)
+            except _FAILURES:
+                self._failed()
+        self._pending.clear()
+
+    async def _save_batch(self, batch: dict[tuple[str, str], _Save | None]) -> None:
+        if not self._save_sha:
+            self._save_sha = await cast(Awaitable[str], self._redis.script_load(_SAVE))
+        pipe = self._redis.pipeline(transaction=False)
+        for (tenant, session_id), save in batch.items():
+            meta_key, list_key = _keys(tenant, session_id)
+            if save is None:
+                pipe.delete(meta_key, list_key)
+                continue
+            window = save.copy.window
+            entries = window if save.follows == -1 else window[len(window) - save.fresh :]
+            pipe.evalsha(
+                self._save_sha,
+                2,
+                meta_key,
+                list_key,
+                *(save.epoch, save.copy.seq, save.copy.turns),
+                *(int(self._settings.hot_ttl_s * 1000), save.follows, self._window_turns),
+                *cast(tuple[Any, ...], entries),
+            )
+        results = cast(list[Any], await pipe.execute(raise_on_error=False))
+        for (key, save), result in zip(batch.items(), results, strict=True):
+            if save is None:
+                continue
+            if result == 1:
+                self._stored[key] = save.copy.seq
+            elif result == -1:
+                # The server lost what the new entries were to follow: store the whole copy.
+                self._stored.pop(key, None)
+                self._pending.setdefault(key, _Save(save.epoch, save.copy, -1, 0))
+            elif isinstance(result, Exception):
+                # NOSCRIPT after a restart of the server: load the script anew.
+                self._save_sha = ""
+                self._stored.pop(key, None)
+                self._pending.setdefault(key, _Save(save.epoch, save.copy, -1, 0))
+            else:
+                self._stored.pop(key, None)
+
+    # The wire
+
+    async def write_tails(self, tails: Sequence[tuple[str, int, bytes]]) -> bool:
+        if not self.available:
+            return False
+        try:
+            pipe = self._redis.pipeline(transaction=False)
+            for key, offset, text in tails:
+                pipe.setrange(f"ar:tail:{key}", offset, cast(Any, text))
+                if offset == 0:
+                    pipe.expire(f"ar:tail:{key}", _TAIL_TTL_S)
+            await pipe.execute()
+        except _FAILURES:
+            self._failed()
+            return False
+        return True
+
+    async def read_tail(self, key: str) -> bytes | None:
+        try:
+            text = cast("bytes | None", await self._redis.get(f"ar:tail:{key}"))
+        except _FAILURES:
+            self._failed()
+            return None
+        # SETRANGE fills what it skips with zeros: a hole is where the server lost a part.
+        return None if text is None or b"\0" in text else text
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        if not messages or not self.available:
+            return
+        try:
+            pipe = self._redis.pipeline(transaction=False)
+            for owner, message in messages:
+                pipe.publish(f"ar:owner:{owner}", message)
+            await pipe.execute()
+        except _FAILURES:
+            self._failed()
+
+    async def listen(self, owner: str) -> AsyncIterator[bytes]:
+        while True:
+            pubsub = self._subscriber.pubsub(ignore_subscribe_messages=True)
+            try:
+                await pubsub.subscribe(f"ar:owner:{owner}")
+                async for message in pubsub.listen():
+                    yield cast(bytes, message["data"])
+            except _FAILURES:
+                self._failed()
+                await asyncio.sleep(_RETRY_PAUSE_S)
+            finally:
+                await pubsub.aclose()
+
+    # Hints for the router of Python handles
+
+    async def hint_owner(self, tenant: str, session_id: str, replica: str) -> None:
+        """Note which replica owns a session."""
+        with contextlib.suppress(*_FAILURES):
+            await self._redis.set(f"ar:own:{tenant}/{session_id}", replica, ex=86_400)
+
+    async def owner_hint(self, tenant: str, session_id: str) -> str | None:
+        """Return the replica that is thought to own a session."""
+        if not self.available:
+            return None
+        try:
+            value = cast("bytes | None", await self._redis.get(f"ar:own:{tenant}/{session_id}"))
+        except _FAILURES:
+            self._failed()
+            return None
+        return value.decode() if value else None

@@ -1,0 +1,47 @@
+"""Every metric of agentray, with its unit. A session id is never a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["Metrics"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Metrics:
+    """The metrics of one process."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        r = self.registry
+        self.turns = Counter(
+            "agentray_turns", "Turns that ended, by status.", ["status"], registry=r
+        )
+        self.turn_seconds = Histogram(
+            "agentray_turn_seconds",
+            "Time from acceptance to the end of a turn.",
+            registry=r,
+            buckets=_SECONDS,
+        )
+        self.takeovers = Counter(
+            "agentray_takeovers", "Unfinished turns taken over from another owner.", registry=r
+        )
+        self.activations = Counter(
+            "agentray_activations", "Sessions brought to memory, by tier.", ["tier"], registry=r
+        )
+        self.passivations = Counter(
+            "agentray_passivations", "Sessions that left memory.", registry=r
+        )
+        self.ownership_lost = Counter(
+            "agentray_ownership_lost", "Sessions dropped because the fence refused.", registry=r
+        )
+        self.model_errors = Counter(
+            "agentray_model_errors", "Model calls that were lost, by code.", ["code"], registry=r
+        )
+        self.resident = Gauge("agentray_sessions_resident", "Sessions in memory.", registry=r)
+        self.running = Gauge("agentray_turns_running", "Turns that run now.", registry=r)
+        self.cache_failures = Counter(
+            "agentray_cache_failures", "Operations that Redis failed.", registry=r
+        )
+        self.streams = Gauge("agentray_streams_open", "Streams to clients now.", registry=r)
