@@ -1,0 +1,151 @@
+"""Receive one streamed answer: read by read, under its deadlines, until it is whole."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from agentray.events import Usage
+from agentray.models.chat_stream import ChatStream
+from agentray.models.refusals import unavailable
+
+__all__ = ["RawStream", "StreamedAnswer", "shown"]
+
+# Time for the last bytes behind the end of an answer, so that its connection can be used again.
+LINGER_S = 1.0
+
+
+class StreamedAnswer:
+    """One streamed answer under way, with the one timer that watches over its deadlines.
+
+    The first token is due at ``first_due``, everything at ``end_due`` (both in the loop's time),
+    and in between no read may wait longer than ``stall_s``. Time that the consumer takes between
+    two reads is its own and only ``end_due`` looks at it.
+    """
+
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        chat: ChatStream,
+        *,
+        model: str,
+        first_due: float,
+        end_due: float,
+        stall_s: float,
+    ) -> None:
+        self.text = ""
+        """What the last read brought."""
+        self._response = response
+        self._content = response.content
+        self._chat = chat
+        self._model = model
+        self._end_due = end_due
+        self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._due = first_due
+        self._began = False
+        self._advanced = False
+        self._reading = False
+        self._late: str | None = None
+        self._timer = self._loop.call_at(min(first_due, end_due), self._look)
+
+    async def read(self) -> bytes:
+        """Return the next bytes, with their text in ``text``; none when the stream is over."""
+        chat = self._chat
+        self.text = ""
+        if chat.done:
+            return b""
+        self._reading = True
+        if self._advanced:
+            self._due = self._loop.time() + self._stall_s
+        chunks = chat.chunks
+        try:
+            data = await self._content.readany()
+            if data:
+                self.text = chat.feed(data)
+        except (aiohttp.ClientError, OSError) as error:
+            if chat.finish_reason is not None:
+                return b""
+            why = self._late or f"broke off: {shown(error)}"
+            raise unavailable(self._model, why) from error
+        finally:
+            self._reading = False
+        # Comments that only keep the connection open are no progress.
+        self._advanced = chat.started and chat.chunks != chunks
+        if self._advanced and not self._began:
+            self._began = True
+            self._due = self._loop.time() + self._stall_s
+            self._timer.cancel()
+            self._timer = self._loop.call_at(min(self._due, self._end_due), self._look)
+        return data
+
+    def close(self) -> None:
+        """End the call; a connection whose answer is whole can be used again."""
+        self._timer.cancel()
+        if self._response.closed:
+            return
+        if self._chat.done:
+            # The end of the body follows the end of the stream; then the response frees its
+            # connection by itself.
+            self._loop.call_later(LINGER_S, self._response.close)
+        else:
+            self._response.close()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now >= self._end_due:
+            self._late = "did not finish in time"
+        elif not self._reading:
+            self._due = now + self._stall_s
+        elif now >= self._due:
+            self._late = "stalled" if self._began else "gave no token in time"
+        if self._late is None:
+            self._timer = self._loop.call_at(min(self._due, self._end_due), self._look)
+        else:
+            # The read that waits ends with an error of aiohttp's.
+            self._response.close()
+
+
+class RawStream:
+    """The bytes of a streamed answer as they came, checked on their way.
+
+    Raises while iterating what ``ModelClient.stream`` raises; bytes that are wrong are not passed
+    on. ``usage`` is known at the end, if the endpoint gives it.
+    """
+
+    def __init__(self, answer: StreamedAnswer, chat: ChatStream, first: bytes) -> None:
+        self._answer = answer
+        self._chat = chat
+        self._next = first
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens that the endpoint has reported so far."""
+        return self._chat.usage
+
+    def __aiter__(self) -> RawStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if chunk := self._next:
+            self._next = b""
+            return chunk
+        try:
+            if chunk := await self._answer.read():
+                return chunk
+            self._chat.finish()
+        except BaseException:
+            self._answer.close()
+            raise
+        self._answer.close()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the call if it has not ended; harmless to repeat."""
+        self._answer.close()
+
+
+def shown(error: Exception) -> str:
+    """Return what can be said of an error of the connection's."""
+    return str(error)[:200] or type(error).__name__

@@ -1,0 +1,70 @@
+"""Errors of endpoints, in whatever shape."""
+
+import pytest
+
+from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
+from agentray.models.refusals import refusal, retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (302, ModelError),
+        (400, ModelError),
+        (401, ModelError),
+        (404, ModelError),
+        (408, ModelUnavailableError),
+        (422, ModelError),
+        (429, ModelRateLimitedError),
+        (500, ModelUnavailableError),
+        (503, ModelUnavailableError),
+        (529, ModelUnavailableError),
+    ],
+)
+def test_the_status_decides_the_error(status: int, kind: type[ModelError]) -> None:
+    error = refusal("m", status, b"")
+    assert type(error) is kind
+    assert error.fields == {"model": "m", "status": status}
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "code"),
+    [
+        (b'{"error": {"message": "no", "type": "t", "code": "c"}}', "no", "c"),
+        (b'{"error": {"message": "no", "type": "t", "code": null}}', "no", "t"),
+        (b'{"error": "no"}', "no", None),
+        (b'{"object": "error", "message": "no", "code": 400}', "no", "400"),
+        (b'{"detail": "no"}', "no", None),
+        (b'{"detail": [{"loc": ["body"]}]}', '[{"loc":["body"]}]', None),
+        (b"<html>\n <b>no</b></html>", "<html> <b>no</b></html>", None),
+        (b"\xff", "\ufffd", None),
+        (b"null", "null", None),
+    ],
+)
+def test_every_shape_of_body_is_read(body: bytes, said: str, code: str | None) -> None:
+    error = refusal("m", 400, body)
+    assert error.message == f"model 'm' answered 400: {said}"
+    assert error.fields.get("upstream_code") == code
+
+
+def test_a_long_body_is_shortened_and_the_key_is_cut_out() -> None:
+    error = refusal("m", 401, b"bad key sk-123 " + b"x" * 10_000, secret="sk-123")
+    assert "sk-123" not in error.message
+    assert len(error.message) < 600
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("soon", None),
+        ("nan", None),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 90.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
+    assert retry_after_s(value, now=10.0) == seconds
