@@ -188,7 +188,9 @@ class ModelClient:
         except TimeoutError as error:
             raise unavailable(target.model, "did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise unavailable(target.model, f"cannot be reached: {shown(error)}") from error
+            reached = not isinstance(error, aiohttp.ClientConnectorError)
+            what = "broke off" if reached else "cannot be reached"
+            raise unavailable(target.model, f"{what}: {shown(error)}") from error
         wait = retry_after_s(response.headers.get("Retry-After"), self._clock.now())
         raise refusal(target.model, response.status, said, retry_after=wait, secret=target.secret)
 

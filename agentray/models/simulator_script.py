@@ -81,7 +81,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: msgspec.Raw | None = None
+    # Raw or None would be None alone to msgspec.
+    tool_calls: msgspec.Raw = msgspec.Raw()
 
     @property
     def text(self) -> str:
@@ -284,6 +285,5 @@ def prompt_tokens(message: ChatMessage) -> int:
     """Return the tokens of one message of a prompt: 4 for its frame, one per 4 characters."""
     content = message.content
     length = len(content) if isinstance(content, str) else len(message.text)
-    if message.tool_calls is not None:
-        length += len(memoryview(message.tool_calls))
+    length += len(memoryview(message.tool_calls))
     return 4 + (length + 3) // 4

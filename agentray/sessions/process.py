@@ -26,6 +26,7 @@ from agentray.sessions.stream import Hub, TailWriter, WireMessage
 from agentray.storage.postgres import PostgresStore
 from agentray.storage.redis import RedisStore
 from agentray.telemetry.logging import get_logger
+from agentray.telemetry.exposition import Exposition
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.echo import ECHO
 from agentray.tools.spec import Toolbox
@@ -122,6 +123,7 @@ class OwnerProcess:
             clock=clock,
             launch_dedicated=launch_dedicated or _cannot_launch,
         )
+        self._stopped = False
         self._recovery = Recovery(
             store=self.store,
             ownership=self.ownership,
@@ -131,8 +133,12 @@ class OwnerProcess:
         )
         self.ownership.verify = self.residents.verify
         self.residents.on_claim = self._claimed
+        self._exposition = Exposition(
+            self.metrics.registry, self.ownership.owner_id, self.redis, self._observe
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._hints: set[asyncio.Task[None]] = set()
+        self.launch = launch_dedicated or _cannot_launch
         self.stopping = asyncio.Event()
         """Set when this process begins to drain: endless streams end with a cursor."""
 
@@ -150,19 +156,32 @@ class OwnerProcess:
         await self.store.open()
         await self.ownership.beat()
         loop = asyncio.get_running_loop()
-        for loop_body in (self.ownership.run(), self._recovery.run(), self._listen()):
+        for loop_body in (
+            self.ownership.run(),
+            self._recovery.run(),
+            self._listen(),
+            self._exposition.run(),
+        ):
             task = loop.create_task(loop_body)
             task.add_done_callback(_report_end)
             self._tasks.append(task)
         log.info("owner_started", owner=self.ownership.owner_id)
 
-    async def stop(self, timeout_s: float | None = None) -> None:
-        """Drain: end endless streams, release sessions as their turns end, and leave."""
-        if self.stopping.is_set():
+    async def drain(self) -> None:
+        """End endless streams and release sessions as their turns end; nothing is taken over.
+
+        What still runs after ``sessions.drain_s`` is left to recovery by others.
+        """
+        if not self.stopping.is_set():
+            self.stopping.set()
+            await self.residents.drain(self.settings.sessions.drain_s)
+
+    async def stop(self) -> None:
+        """Drain, say goodbye and close everything."""
+        if self._stopped:
             return
-        self.stopping.set()
-        drain_s = self.settings.sessions.drain_s if timeout_s is None else timeout_s
-        await self.residents.drain(drain_s)
+        self._stopped = True
+        await self.drain()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -175,6 +194,10 @@ class OwnerProcess:
         await self.store.close()
         log.info("owner_stopped", owner=self.ownership.owner_id)
 
+    async def metrics_page(self) -> bytes:
+        """Return the metrics of all hosts together, in Prometheus' text format."""
+        return await self._exposition.page()
+
     def _claimed(self, key: Key) -> None:
         if self._hint is not None:
             task = asyncio.get_running_loop().create_task(
@@ -182,6 +205,11 @@ class OwnerProcess:
             )
             self._hints.add(task)
             task.add_done_callback(self._hints.discard)
+
+    def _observe(self) -> None:
+        self.metrics.resident.set(len(self.residents))
+        self.metrics.running.set(self.residents.running)
+        self.metrics.cache_failures.set(self.redis.failures)
 
     async def _listen(self) -> None:
         async with contextlib.aclosing(self.redis.listen(self.ownership.owner_id)) as messages:

@@ -10,7 +10,7 @@ import msgspec
 
 from agentray.clock import Clock
 from agentray.config.settings import SessionsSettings
-from agentray.errors import AgentRayError, OwnershipLostError, StorageError
+from agentray.errors import AgentRayError, OwnershipLostError, SessionParkedError, StorageError
 from agentray.events import AnyEvent, Message, TurnOptions, decode_event
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.base import Placement
@@ -77,6 +77,10 @@ class Residents:
             actor.used_at = self._clock.monotonic()
         return actor
 
+    def peek(self, key: Key) -> SessionActor | None:
+        """Return a resident session without counting that as a use."""
+        return self._actors.get(key)
+
     def knows(self, key: Key, turn_id: str) -> bool:
         """Return whether an accepted turn waits or runs here already."""
         actor = self._actors.get(key)
@@ -135,7 +139,9 @@ class Residents:
             log.error("session_parked", session=session_id, error=str(error))
             reason = f"its journal cannot be read: {error}"
             await self._store.park(tenant, session_id, epoch=claim.row.epoch, reason=reason)
-            raise
+            raise SessionParkedError(
+                f"session {session_id} is parked: {reason}", session_id=session_id
+            ) from error
         actor = SessionActor(claim.row, state, rules, self._hubs.get(key))
         actor.used_at = self._clock.monotonic()
         if actor.hub is not None:

@@ -269,3 +269,30 @@ class RedisStore:
             self._failed()
             return None
         return value.decode() if value else None
+
+    # Metrics of all hosts
+
+    async def post_metrics(self, host: str, page: bytes, *, ttl_s: float) -> None:
+        """Leave a host's metrics where the others find them."""
+        if not self.available:
+            return
+        try:
+            await self._redis.set(f"ar:metrics:{host}", cast(Any, page), px=int(ttl_s * 1000))
+        except _FAILURES:
+            self._failed()
+
+    async def read_metrics(self) -> dict[str, bytes]:
+        """Return the metrics that hosts left, by host; nothing while Redis is away."""
+        if not self.available:
+            return {}
+        try:
+            names = [name async for name in self._redis.scan_iter("ar:metrics:*", count=1_000)]
+            pages = cast(list[Any], await self._redis.mget(names)) if names else []
+        except _FAILURES:
+            self._failed()
+            return {}
+        return {
+            bytes(name).decode().rsplit(":", 1)[1]: page
+            for name, page in zip(names, pages, strict=True)
+            if page is not None
+        }

@@ -41,7 +41,7 @@ class Metrics:
         )
         self.resident = Gauge("agentray_sessions_resident", "Sessions in memory.", registry=r)
         self.running = Gauge("agentray_turns_running", "Turns that run now.", registry=r)
-        self.cache_failures = Counter(
-            "agentray_cache_failures", "Operations that Redis failed.", registry=r
+        self.cache_failures = Gauge(
+            "agentray_cache_failures", "Operations that Redis failed so far.", registry=r
         )
         self.streams = Gauge("agentray_streams_open", "Streams to clients now.", registry=r)

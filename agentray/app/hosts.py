@@ -1,0 +1,60 @@
+"""Build the Serve application of the session hosts, and give each replica its door."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from agentray.config.settings import Settings
+from agentray.http import ingress
+from agentray.http.app import build_http_app
+from agentray.models.simulator import SIMULATOR_PREFIX
+from agentray.sessions.host import DEPLOYMENT, SessionHost
+from agentray.sessions.process import OwnerProcess
+from agentray.sessions.routing import OwnerRouter
+
+__all__ = ["build_hosts_app"]
+
+
+def _open_door(process: OwnerProcess) -> None:
+    ingress.mount(
+        build_http_app(
+            sessions=process.sessions,
+            models=process.models,
+            catalog=process.catalog,
+            settings=process.settings,
+            metrics=process.metrics_page,
+            stopping=process.stopping,
+        )
+    )
+
+
+def build_hosts_app(settings: Settings) -> Any:
+    """Return the application of the session hosts; it is served at ``/``."""
+    assert settings.redis.url is not None
+    simulator_url = (
+        f"http://{settings.http.host}:{settings.http.port}{SIMULATOR_PREFIX}/v1"
+        if settings.models.simulated()
+        else None
+    )
+    deploy = cast(Any, serve).deployment(
+        name=DEPLOYMENT,
+        num_replicas=settings.host_count(),
+        # Admission is ours: Serve would queue without bound behind its own limit.
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=settings.sessions.drain_s + 15,
+        health_check_period_s=2,
+        ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(
+            request_router_class=OwnerRouter,
+            request_router_kwargs={
+                "redis_url": settings.redis.url.get_secret_value(),
+                "timeout_s": settings.redis.timeout_s,
+            },
+        ),
+    )
+    return deploy(SessionHost).bind(
+        settings, simulator_url, _open_door, ingress.replica_is_draining
+    )

@@ -1,0 +1,126 @@
+"""A session host: a Ray Serve replica, hence a Ray actor, in which many sessions live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+from ray import serve
+
+from agentray.config.settings import Settings
+from agentray.events import AnyEvent, Message, TurnOptions
+from agentray.sessions.base import Cursor, IfBusy, Placement, SessionInfo, StreamItem, TurnInfo
+from agentray.sessions.calls import SessionCalls
+from agentray.sessions.dedicated import launcher
+from agentray.sessions.process import OwnerProcess
+from agentray.telemetry.logging import configure_logging, get_logger
+
+__all__ = ["DEPLOYMENT", "SessionHost"]
+
+log = get_logger(__name__)
+
+DEPLOYMENT = "SessionHost"
+_DRAIN_POLL_S = 0.5
+
+
+class SessionHost:
+    """The deployment. ``open_door`` serves the process's HTTP requests; ``is_draining`` tells
+    that Serve stops this replica, which it does not tell user code by itself."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        simulator_url: str | None,
+        open_door: Callable[[OwnerProcess], None],
+        is_draining: Callable[[], Awaitable[bool]],
+    ) -> None:
+        configure_logging(settings.log)
+        context = serve.get_replica_context()
+        self._settings = settings
+        self._is_draining = is_draining
+        self._process = OwnerProcess(
+            settings,
+            simulator_url=simulator_url,
+            placement="shared",
+            address=f"{ray.util.get_node_ip_address()}/{context.replica_tag}",
+            launch_dedicated=launcher(settings, simulator_url),
+            hint=context.replica_tag,
+        )
+        self._open_door = open_door
+        self._started = asyncio.Event()
+        self._calls = SessionCalls(self._process.sessions)
+        self._starting = asyncio.get_running_loop().create_task(self._start())
+        self._watching: asyncio.Task[None] | None = None
+
+    async def _start(self) -> None:
+        await self._process.start()
+        self._open_door(self._process)
+        self._started.set()
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Begin to drain as soon as Serve does; streams still reach us while it deregisters."""
+        while not await self._is_draining():
+            await asyncio.sleep(_DRAIN_POLL_S)
+        await self._process.drain()
+
+    async def check_health(self) -> None:
+        """Tell Serve whether this replica started; stores that are away are not its fault."""
+        if self._starting.done():
+            self._starting.result()
+
+    async def __call__(self, request: Any) -> Any:
+        # HTTP never comes here: the ingress hands it to the door.
+        del request
+        raise RuntimeError("the door is not open yet")
+
+    async def __del__(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._process.stop()
+
+    # What Python handles call
+
+    async def send(self, session_id: str, input: str | Sequence[Message], **how: Any) -> TurnInfo:
+        """Accept a turn and return it when it is done."""
+        await self._started.wait()
+        return await self._calls.send(session_id, input, **how)
+
+    async def stream(
+        self, session_id: str, input: str | Sequence[Message], **how: Any
+    ) -> AsyncIterator[StreamItem]:
+        """Accept a turn and yield its events and deltas."""
+        await self._started.wait()
+        async for item in self._calls.stream(session_id, input, **how):
+            yield item
+
+    async def submit(
+        self, session_id: str, input: str | Sequence[Message], **how: Any
+    ) -> TurnInfo:
+        """Accept a turn and return at once."""
+        await self._started.wait()
+        return await self._calls.submit(session_id, input, **how)
+
+    async def events(
+        self, session_id: str, *, tenant: str = "default", after: int = 0, limit: int = 100
+    ) -> list[AnyEvent]:
+        """Return events of the session's journal."""
+        await self._started.wait()
+        return await self._calls.events(session_id, tenant=tenant, after=after, limit=limit)
+
+    async def cancel(
+        self, session_id: str, turn_id: str | None = None, *, tenant: str = "default"
+    ) -> list[str]:
+        """Request the end of a turn, or of all that run or wait."""
+        await self._started.wait()
+        return await self._calls.cancel(session_id, turn_id, tenant=tenant)
+
+    async def activate(self, session_id: str, **how: Any) -> SessionInfo:
+        """Make a session if there is none and, if it is dedicated, start its process."""
+        await self._started.wait()
+        info = await self._calls.ensure(session_id, **how)
+        if info.placement == "dedicated":
+            await self._process.launch(info.tenant, info.id)
+        return info
