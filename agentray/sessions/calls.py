@@ -70,14 +70,24 @@ class SessionCalls:
         )
 
     async def send(
-        self, session_id: str, input: str | Sequence[Message], *, tenant: str = "default", **how: Any
+        self,
+        session_id: str,
+        input: str | Sequence[Message],
+        *,
+        tenant: str = "default",
+        **how: Any,
     ) -> TurnInfo:
         """Accept a turn and return it when it is done."""
         turn = await self.submit(session_id, input, tenant=tenant, **how)
         return await self._sessions.wait(tenant, session_id, turn.id)
 
     async def stream(
-        self, session_id: str, input: str | Sequence[Message], *, tenant: str = "default", **how: Any
+        self,
+        session_id: str,
+        input: str | Sequence[Message],
+        *,
+        tenant: str = "default",
+        **how: Any,
     ) -> AsyncIterator[StreamItem]:
         """Accept a turn and yield its events and deltas."""
         turn = await self.submit(session_id, input, tenant=tenant, **how)

@@ -82,9 +82,7 @@ class DedicatedSession:
         async with self._call():
             return await (await self._ready()).submit(self._id, input, **self._with_key(how))
 
-    async def stream(
-        self, input: str | Sequence[Message], **how: Any
-    ) -> AsyncIterator[StreamItem]:
+    async def stream(self, input: str | Sequence[Message], **how: Any) -> AsyncIterator[StreamItem]:
         """Accept a turn and yield its events and deltas."""
         async with self._call():
             calls = await self._ready()

@@ -105,9 +105,7 @@ class Following:
             return after
         turn = await self._store.turn(*key, turn_id)
         if turn is None:
-            raise TurnNotFoundError(
-                f"session {key[1]} has no turn {turn_id}", session_id=key[1]
-            )
+            raise TurnNotFoundError(f"session {key[1]} has no turn {turn_id}", session_id=key[1])
         begins = turn.first_seq - 1 if turn.first_seq is not None else row.last_seq
         if turn.last_seq is not None and after.seq >= turn.last_seq:
             # All of it is known: show the end once more, so that the iterator ends.

@@ -10,8 +10,8 @@ import ray
 from ray import serve
 
 from agentray.config.settings import Settings
-from agentray.events import AnyEvent, Message, TurnOptions
-from agentray.sessions.base import Cursor, IfBusy, Placement, SessionInfo, StreamItem, TurnInfo
+from agentray.events import AnyEvent, Message
+from agentray.sessions.base import SessionInfo, StreamItem, TurnInfo
 from agentray.sessions.calls import SessionCalls
 from agentray.sessions.dedicated import launcher
 from agentray.sessions.process import OwnerProcess
@@ -96,9 +96,7 @@ class SessionHost:
         async for item in self._calls.stream(session_id, input, **how):
             yield item
 
-    async def submit(
-        self, session_id: str, input: str | Sequence[Message], **how: Any
-    ) -> TurnInfo:
+    async def submit(self, session_id: str, input: str | Sequence[Message], **how: Any) -> TurnInfo:
         """Accept a turn and return at once."""
         await self._started.wait()
         return await self._calls.submit(session_id, input, **how)

@@ -25,8 +25,8 @@ from agentray.sessions.state import Rules
 from agentray.sessions.stream import Hub, TailWriter, WireMessage
 from agentray.storage.postgres import PostgresStore
 from agentray.storage.redis import RedisStore
-from agentray.telemetry.logging import get_logger
 from agentray.telemetry.exposition import Exposition
+from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.echo import ECHO
 from agentray.tools.spec import Toolbox

@@ -210,9 +210,7 @@ class SessionRuntime:
     async def _end(self, actor: SessionActor, end: EndTurn) -> None:
         turn = _running(actor)
         actor.record(
-            TurnFinished(
-                **self._stamp(actor), status=end.status, usage=turn.usage, error=end.error
-            )
+            TurnFinished(**self._stamp(actor), status=end.status, usage=turn.usage, error=end.error)
         )
         actor.cancel_requested = False
         await self._flush(actor, ended=turn.id, ended_status=end.status)
@@ -270,9 +268,9 @@ class SessionRuntime:
         error: ModelError | None = None
         try:
             with _interruptible(actor):
-                stream = cast("AsyncIterator[ModelProgress]", self._models.stream(
-                    self._request(actor, turn)
-                ))
+                stream = cast(
+                    "AsyncIterator[ModelProgress]", self._models.stream(self._request(actor, turn))
+                )
                 async with aclosing(cast(Any, stream)):
                     async for progress in stream:
                         if hub.called_seq != called_seq:

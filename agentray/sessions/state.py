@@ -206,9 +206,7 @@ def _past(turn: Turn) -> bytes:
     return join([*turn.messages, answer_fragment(turn.partial) if turn.partial else b""])
 
 
-def _model_called(
-    turn: Turn, event: ModelCalled, rules: Rules
-) -> tuple[Turn, tuple[Command, ...]]:
+def _model_called(turn: Turn, event: ModelCalled, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     if turn.phase not in ("accepted", "model") or event.step != turn.step:
         raise JournalCorruptError(f"model called in phase {turn.phase}, step {turn.step}")
     return (
@@ -217,9 +215,7 @@ def _model_called(
     )
 
 
-def _model_voided(
-    turn: Turn, event: ModelVoided, rules: Rules
-) -> tuple[Turn, tuple[Command, ...]]:
+def _model_voided(turn: Turn, event: ModelVoided, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     _expect_attempt(turn, event.step, event.attempt)
     lost_by_owner = event.reason == OWNER_LOST
     turn = replace(
@@ -232,9 +228,7 @@ def _model_voided(
     return turn, (CallModel(turn.step, turn.attempt + 1, len(turn.text)),)
 
 
-def _model_failed(
-    turn: Turn, event: ModelFailed, rules: Rules
-) -> tuple[Turn, tuple[Command, ...]]:
+def _model_failed(turn: Turn, event: ModelFailed, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     _expect_attempt(turn, event.step, event.attempt)
     return _ending(replace(turn, partial=event.text), EndTurn("failed", event.error))
 
@@ -271,9 +265,7 @@ def _model_finished(
     return _ending(turn, EndTurn("completed"))
 
 
-def _tool_called(
-    turn: Turn, event: ToolCalled, rules: Rules
-) -> tuple[Turn, tuple[Command, ...]]:
+def _tool_called(turn: Turn, event: ToolCalled, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     found = _tool(turn, event.call_id)
     return _with_tool(turn, replace(found, attempt=event.attempt)), _NOTHING
 
@@ -301,9 +293,7 @@ def _tool_finished(
     return turn, (CallModel(turn.step, 1),)
 
 
-def _turn_resumed(
-    turn: Turn, event: TurnResumed, rules: Rules
-) -> tuple[Turn, tuple[Command, ...]]:
+def _turn_resumed(turn: Turn, event: TurnResumed, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     return replace(turn, takeovers=turn.takeovers + 1), _NOTHING
 
 

@@ -1,0 +1,171 @@
+"""Handles to session actors, for programs inside the cluster."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+from agentray.config.state import read_state
+from agentray.errors import AgentRayError, NotReadyError
+from agentray.sessions.base import SessionInfo
+
+__all__ = ["Connection", "Reply", "ReplyStream", "SessionHandle", "connect"]
+
+T_co = TypeVar("T_co", covariant=True)
+
+NAMESPACE = "agentray"
+DEFAULT_DATA_DIR = "~/.agentray"
+HOSTS_APP = "hosts"
+
+
+class Reply(Protocol[T_co]):
+    """An answer to come: await it, or take ``result(timeout_s=...)`` outside of an event loop."""
+
+    def __await__(self) -> Generator[Any, None, T_co]: ...
+
+    def result(self, *, timeout_s: float | None = None) -> T_co:
+        """Return the answer. Raises ``TimeoutError`` and whatever the call raised."""
+        ...
+
+
+class ReplyStream(Protocol[T_co]):
+    """Answers to come: iterate with ``for`` or ``async for``."""
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+
+class _Method:
+    """A method of a session, called as ``.remote(...)`` like those of any Ray actor."""
+
+    def __init__(self, method: Any, session_id: str, defaults: Mapping[str, Any]) -> None:
+        self._method = method
+        self._session_id = session_id
+        self._defaults = dict(defaults)
+
+    def remote(self, *args: Any, **options: Any) -> Any:
+        """Call it; returns at once with a ``Reply`` or ``ReplyStream``."""
+        return self._method.remote(self._session_id, *args, **{**self._defaults, **options})
+
+
+class SessionHandle:
+    """A session, wherever it lives. Calls go to its owner; whichever host gets them serves them.
+
+    ``send.remote(input, *, if_busy, idempotency_key, options)`` runs a turn and gives a
+    ``Reply[TurnInfo]``; ``submit.remote(...)`` accepts it and gives the turn as it is then;
+    ``stream.remote(...)`` gives a ``ReplyStream[StreamItem]`` of its events and deltas;
+    ``events.remote(after=0, limit=100)`` a ``Reply[list[AnyEvent]]`` of the journal;
+    ``cancel.remote(turn_id=None)`` a ``Reply[list[str]]`` of the turns concerned.
+    """
+
+    def __init__(self, hosts: Any, info: SessionInfo) -> None:
+        self.info = info
+        # Where the owner is, is looked up by this key on each call.
+        handle = hosts.options(session_id=f"{info.tenant}/{info.id}")
+        scope = {"tenant": info.tenant}
+        self.send = _Method(handle.send, info.id, scope)
+        self.submit = _Method(handle.submit, info.id, scope)
+        self.stream = _Method(handle.options(stream=True).stream, info.id, scope)
+        self.events = _Method(handle.events, info.id, scope)
+        self.cancel = _Method(handle.cancel, info.id, scope)
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    def __repr__(self) -> str:
+        return f"SessionHandle({self.info.id!r}, placement={self.info.placement!r})"
+
+
+class Connection:
+    """A running agentray, as seen from inside its Ray cluster."""
+
+    def __init__(self, hosts: Any) -> None:
+        self._hosts = hosts
+
+    def session(
+        self,
+        session_id: str,
+        *,
+        agent: str | None = None,
+        user: str | None = None,
+        placement: Literal["shared", "dedicated"] = "shared",
+        ttl_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        tenant: str = "default",
+        timeout_s: float = 30.0,
+    ) -> SessionHandle:
+        """Return a handle to a session; make the session if there is none.
+
+        An existing session keeps its agent and placement. A dedicated one is activated: its
+        actor can then be had with ``ray.get_actor("session/<id>", namespace="agentray")``.
+
+        Raises:
+            InvalidRequestError: an impossible id or an unknown agent.
+            NotReadyError: no host answered within ``timeout_s``.
+        """
+        response = self._hosts.options(session_id=f"{tenant}/{session_id}").activate.remote(
+            session_id,
+            tenant=tenant,
+            agent=agent,
+            user=user,
+            placement=placement,
+            ttl_s=ttl_s,
+            metadata=dict(metadata or {}),
+        )
+        return SessionHandle(self._hosts, _wait(response, timeout_s))
+
+
+def _wait(response: Any, timeout_s: float) -> Any:
+    # Serve refuses to block in a thread that runs an event loop: this works there too.
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        try:
+            return threads.submit(response.result, timeout_s=timeout_s).result()
+        except TimeoutError as error:
+            raise NotReadyError(f"no session host answered within {timeout_s:g} s") from error
+        except Exception as error:
+            # Ray wraps what a replica raised: callers get our own errors.
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, AgentRayError):
+                raise cause from error
+            raise
+
+
+def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_DIR) -> Connection:
+    """Connect to the agentray of this machine or cluster.
+
+    Inside a Ray program (a job, a task, an actor) its cluster is taken. Elsewhere ``address`` is
+    that of the cluster, or it is read from the state file that ``agentray up`` keeps in
+    ``data_dir``.
+
+    Raises:
+        NotReadyError: there is no running agentray.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    untyped = cast(Any, ray)
+    if not untyped.is_initialized():
+        if address is None:
+            state = read_state(data_dir)
+            address = state.ray_address if state is not None else None
+        try:
+            untyped.init(
+                address=address or "auto",
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+        except ConnectionError as error:
+            raise NotReadyError(f"there is no Ray cluster at {address or 'auto'}") from error
+    try:
+        hosts = cast(Any, serve).get_app_handle(HOSTS_APP)
+    except RayServeException as error:
+        raise NotReadyError(
+            "this cluster runs no agentray: start it with agentray up"
+        ) from error
+    return Connection(hosts)
