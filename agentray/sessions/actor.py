@@ -44,7 +44,7 @@ class SessionActor:
         "used_at",
     )
 
-    def __init__(self, row: SessionRow, state: SessionState, rules: Rules, hub: Hub | None) -> None:
+    def __init__(self, row: SessionRow, state: SessionState, rules: Rules) -> None:
         self.tenant = row.tenant
         self.id = row.id
         self.agent = row.agent
@@ -54,7 +54,8 @@ class SessionActor:
         self.latest_turn = row.latest_turn
         self.state = state
         self.rules = rules
-        self.hub = hub
+        # The stream's live end, while a turn runs.
+        self.hub: Hub | None = None
         self.mailbox: deque[TurnRow] | None = None
         self.recorded: list[AnyEvent] = []
         self.task: asyncio.Task[None] | None = None

@@ -127,7 +127,7 @@ class Following:
 
     def _leave(self, key: Key, hub: Hub) -> None:
         hub.readers -= 1
-        if not hub.readers and not hub.local and not hub.followers:
+        if not hub.wanted and not hub.live:
             if self._hubs.get(key) is hub:
                 del self._hubs[key]
             mirror = self._mirrors.pop(key, None)

@@ -231,10 +231,8 @@ class OwnerProcess:
             self.residents.lose(actor)
             return
         if message.sender:
-            hub = actor.hub
-            if hub is None:
-                hub = actor.hub = self._hubs.setdefault(key, Hub(actor.state.seq))
-                hub.local = True
+            hub = self._hubs.setdefault(key, Hub(actor.state.seq))
+            hub.local = True
             self.following.add_follower(hub, message.sender)
             if message.kind == "follow":
                 self._tails.send([message.sender], hub.snapshot(*key))

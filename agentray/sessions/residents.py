@@ -142,10 +142,11 @@ class Residents:
             raise SessionParkedError(
                 f"session {session_id} is parked: {reason}", session_id=session_id
             ) from error
-        actor = SessionActor(claim.row, state, rules, self._hubs.get(key))
+        actor = SessionActor(claim.row, state, rules)
         actor.used_at = self._clock.monotonic()
-        if actor.hub is not None:
-            actor.hub.local = True
+        if (hub := self._hubs.get(key)) is not None:
+            hub.local = True
+            hub.notify()
         self._actors[key] = actor
         if self.on_claim is not None:
             self.on_claim(key)
@@ -267,14 +268,14 @@ class Residents:
         """Give a turn that begins a hub of its own; readers that lag read the journal."""
         if actor.hub is None:
             actor.hub = self._hubs.setdefault(actor.key, Hub())
-        actor.hub.local = True
+        actor.hub.local = actor.hub.live = True
         actor.hub.rebase(actor.state.seq)
 
     def _after_run(self, actor: SessionActor) -> None:
-        hub = actor.hub
-        if hub is not None and not hub.readers and not hub.followers:
-            actor.hub = None
-            if self._hubs.get(actor.key) is hub:
+        hub, actor.hub = actor.hub, None
+        if hub is not None:
+            hub.live = False
+            if not hub.wanted and self._hubs.get(actor.key) is hub:
                 del self._hubs[actor.key]
         if actor.mailbox is not None and not actor.mailbox:
             actor.mailbox = None
@@ -352,9 +353,9 @@ class Residents:
         actor.dropped = True
         if self._actors.get(actor.key) is actor:
             del self._actors[actor.key]
-        if actor.hub is not None:
-            actor.hub.local = False
-            actor.hub.notify()
+        if (hub := self._hubs.get(actor.key)) is not None:
+            hub.local = False
+            hub.notify()
         self._hot.forget(actor.tenant, actor.id)
 
     def lose(self, actor: SessionActor) -> None:
@@ -373,7 +374,8 @@ class Residents:
             over = len(chosen) < excess
             if not over and now - actor.used_at < self._settings.idle_s:
                 break
-            if not actor.busy and not (actor.hub and actor.hub.readers):
+            hub = self._hubs.get(actor.key)
+            if not actor.busy and not (hub is not None and hub.readers):
                 chosen.append(actor)
             if len(chosen) >= _PASSIVATION_BATCH:
                 break

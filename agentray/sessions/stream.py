@@ -50,7 +50,7 @@ class Hub:
     """What is live of one session: the events behind ``base_seq``, then text of a running call.
 
     ``readers`` counts who follows in this process; ``followers`` are other owners that do, with
-    the time until which they said so.
+    the time until which they said so. ``local``: the session is ours; ``live``: a turn runs.
     """
 
     __slots__ = (
@@ -59,6 +59,7 @@ class Hub:
         "called_seq",
         "events",
         "followers",
+        "live",
         "local",
         "readers",
         "start",
@@ -76,7 +77,13 @@ class Hub:
         self.readers = 0
         self.followers: dict[str, float] = {}
         self.local = False
+        self.live = False
         self._waiting: asyncio.Future[None] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody reads, here or elsewhere."""
+        return bool(self.readers or self.followers)
 
     @property
     def last_seq(self) -> int:

@@ -297,9 +297,7 @@ class HotStore(Protocol):
 
     async def load(self, tenant: str, session_id: str) -> HotCopy | None: ...
 
-    def save(
-        self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int
-    ) -> None:
+    def save(self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int) -> None:
         """Store, in the background, a copy whose last ``newest`` window entries are new.
 
         A copy never replaces one of a later epoch or ``seq``.

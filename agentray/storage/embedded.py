@@ -24,7 +24,9 @@ class _Server:
 
     name = ""
 
-    def __init__(self, *, log_file: Path, environ: Mapping[str, str], start_timeout_s: float) -> None:
+    def __init__(
+        self, *, log_file: Path, environ: Mapping[str, str], start_timeout_s: float
+    ) -> None:
         self._log_file = log_file
         self._environ = dict(environ)
         self._start_timeout_s = start_timeout_s
@@ -141,6 +143,7 @@ class EmbeddedPostgres(_Server):
         if not (self.data_dir / "PG_VERSION").exists():
             await self._initialize(programs, prefix)
         self._write_access_rules()
+        self._forget_zombie()
         await self._spawn(
             [
                 *prefix,
@@ -215,6 +218,15 @@ class EmbeddedPostgres(_Server):
         user = pwd.getpwuid(os.geteuid()).pw_name
         _replace(self.data_dir / "pg_hba.conf", "local all all peer map=agentray\n")
         _replace(self.data_dir / "pg_ident.conf", f'agentray "{user}" agentray\n')
+
+    def _forget_zombie(self) -> None:
+        # PostgreSQL takes a predecessor that was killed and that nobody has reaped for alive.
+        for lock in (self.data_dir / "postmaster.pid", self._socket_dir / ".s.PGSQL.5432.lock"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                pid = int(lock.read_text().split()[0])
+                state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1]
+                if state == b"Z":
+                    lock.unlink()
 
     async def _answers(self) -> bool:
         # PostgreSQL keeps its state in the last line of this file.

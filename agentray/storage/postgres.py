@@ -63,7 +63,9 @@ async def migrate(url: str, *, timeout_s: float = 10.0) -> None:
             await connection.execute(
                 "CREATE TABLE IF NOT EXISTS schema_version (version int NOT NULL)"
             )
-            cursor = await connection.execute("SELECT coalesce(max(version), 0) FROM schema_version")
+            cursor = await connection.execute(
+                "SELECT coalesce(max(version), 0) FROM schema_version"
+            )
             row = await cursor.fetchone()
             version: int = row[0] if row else 0
             if version > len(MIGRATIONS):
@@ -83,9 +85,8 @@ async def forget_hosts(url: str) -> None:
     Raises:
         StorageUnavailableError: the server cannot be reached.
     """
-    async with _translated():
-        async with await AsyncConnection.connect(url, autocommit=True) as connection:
-            await connection.execute("DELETE FROM hosts")
+    async with _translated(), await AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute("DELETE FROM hosts")
 
 
 class PostgresStore:
@@ -255,7 +256,7 @@ class PostgresStore:
                 return None
             for table, column in (("events", "session_id"), ("turns", "session_id")):
                 await connection.execute(
-                    f"DELETE FROM {table} WHERE tenant = %s AND {column} = %s",  # noqa: S608
+                    f"DELETE FROM {table} WHERE tenant = %s AND {column} = %s",
                     [tenant, session_id],
                 )
             await connection.execute(
@@ -358,9 +359,7 @@ class PostgresStore:
         placement: Literal["shared", "dedicated"],
         term_s: float,
     ) -> Claim | None:
-        rows = await self._rows(
-            sql.CLAIM, [owner, tenant, session_id, placement, owner, term_s]
-        )
+        rows = await self._rows(sql.CLAIM, [owner, tenant, session_id, placement, owner, term_s])
         if not rows:
             return None
         previous: str | None = rows[0].pop("previous_owner")

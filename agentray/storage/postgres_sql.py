@@ -66,8 +66,8 @@ FROM turns WHERE tenant = %s AND session_id = %s
 APPEND = """
 WITH a AS MATERIALIZED (
   SELECT * FROM unnest(
-    %s::int[], %s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::int[],
-    %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[]
+    %s::int[], %b::text[], %b::text[], %s::bigint[], %s::bigint[], %s::int[],
+    %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[]
   ) AS a(i, tenant, id, epoch, first_seq, n,
          born, key, hash, options, started, ended, ended_status)
 ), locked AS MATERIALIZED (
@@ -90,7 +90,7 @@ WITH a AS MATERIALIZED (
 ), written AS (
   INSERT INTO events (tenant, session_id, seq, epoch, body)
   SELECT ok.tenant, ok.id, e.seq, ok.epoch, e.body
-  FROM unnest(%s::int[], %s::bigint[], %s::text[]) AS e(i, seq, body) JOIN ok ON ok.i = e.i
+  FROM unnest(%s::int[], %s::bigint[], %b::text[]) AS e(i, seq, body) JOIN ok ON ok.i = e.i
 ), moved AS (
   UPDATE sessions s SET
     last_seq = ok.first_seq + ok.n - 1,

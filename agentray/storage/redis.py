@@ -131,9 +131,7 @@ class RedisStore:
             return None
         return None if seq is None else HotCopy(int(seq), int(turns), tuple(window))
 
-    def save(
-        self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int
-    ) -> None:
+    def save(self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int) -> None:
         key = (tenant, session_id)
         waiting = self._pending.get(key)
         follows = self._stored.get(key, -1)
