@@ -277,62 +277,39 @@ class PostgresStore:
 
     async def accept(self, acceptance: Acceptance) -> Accepted:
         a = acceptance
-        async with _translated(), self._pool.connection() as connection, connection.transaction():
-            cursor = await connection.execute(
-                sql.SESSION + " FOR UPDATE OF s", [self._term_s, a.tenant, a.session_id]
+        input, options = a.input.decode(), a.options.decode()
+        [row] = await self._rows(
+            sql.ACCEPT,
+            [a.tenant, a.session_id, a.turn_id, a.idempotency_key, a.request_hash]
+            + [input, options, a.if_busy, a.after_turn, a.max_queued, self._term_s],
+        )
+        turn: TurnRow | None = None
+        if row["outcome"] == "accepted":
+            turn = TurnRow(
+                id=a.turn_id,
+                ordinal=row["turn_ordinal"],
+                state="accepted",
+                status=None,
+                idempotency_key=a.idempotency_key,
+                request_hash=a.request_hash,
+                input=a.input,
+                options=a.options,
+                cancel_requested=False,
+                accepted_at=row["turn_at"],
+                finished_at=None,
+                first_seq=None,
+                last_seq=None,
             )
-            found = await cursor.fetchone()
-            if found is None:
-                return Accepted(outcome="gone")
-            row = _session_row(found)
-            facts: dict[str, Any] = {
-                "owner": row.owner,
-                "owner_alive": row.owner_alive,
-                "placement": row.placement,
-                "last_seq": row.last_seq,
-            }
-            # All below runs behind the row's lock: a statement of its own sees what came before.
-            if a.idempotency_key is not None:
-                cursor = await connection.execute(
-                    sql.TURN + " AND idempotency_key = %s",
-                    [a.tenant, a.session_id, a.idempotency_key],
-                )
-                if (known := await cursor.fetchone()) is not None:
-                    return Accepted(outcome="duplicate", turn=_turn_row(known), **facts)
-            cursor = await connection.execute(sql.COUNT_OPEN, [a.tenant, a.session_id])
-            counted = await cursor.fetchone()
-            open_turns: int = counted["open"] if counted else 0
-            if row.expired:
-                return Accepted(outcome="closed", **facts)
-            if a.if_busy == "reject" and open_turns:
-                return Accepted(outcome="busy", **facts)
-            if a.after_turn is not None and row.latest_turn != a.after_turn:
-                return Accepted(outcome="outdated", **facts)
-            if open_turns >= a.max_queued:
-                return Accepted(outcome="full", **facts)
-            if a.if_busy == "interrupt":
-                await connection.execute(sql.CANCEL_OPEN, [a.tenant, a.session_id])
-            cursor = await connection.execute(
-                sql.ACCEPT,
-                [
-                    a.tenant,
-                    a.session_id,
-                    a.turn_id,
-                    a.idempotency_key,
-                    a.request_hash,
-                    a.input.decode(),
-                    a.options.decode(),
-                ],
-            )
-            turn = await cursor.fetchone()
-            await connection.execute(
-                "UPDATE sessions SET inbox = inbox + 1, latest_turn = %s, parked_reason = NULL,"
-                " updated_at = now() WHERE tenant = %s AND id = %s",
-                [a.turn_id, a.tenant, a.session_id],
-            )
-            if turn is None:
-                raise StorageError("an inserted turn was not returned")
-            return Accepted(outcome="accepted", turn=_turn_row(turn), **facts)
+        elif row["outcome"] == "duplicate":
+            turn = await self.turn_by_key(a.tenant, a.session_id, a.idempotency_key or "")
+        return Accepted(
+            outcome=row["outcome"] if turn or row["outcome"] != "duplicate" else "gone",
+            owner=row["at_owner"],
+            owner_alive=bool(row["at_owner_alive"]),
+            placement=row["at_placement"] or "shared",
+            last_seq=row["at_seq"] or 0,
+            turn=turn,
+        )
 
     async def turn(self, tenant: str, session_id: str, turn_id: str) -> TurnRow | None:
         rows = await self._rows(sql.TURN + " AND id = %s", [tenant, session_id, turn_id])

@@ -7,9 +7,7 @@ from typing import Any
 __all__ = [
     "ACCEPT",
     "APPEND",
-    "CANCEL_OPEN",
     "CLAIM",
-    "COUNT_OPEN",
     "CREATE_SESSION",
     "FORK_SESSION",
     "INBOX",
@@ -159,22 +157,8 @@ FORK_SESSION = (
     """,
 )
 
-COUNT_OPEN = """
-SELECT count(*) AS open FROM turns WHERE tenant = %s AND session_id = %s AND state <> 'done'
-"""
-
-CANCEL_OPEN = """
-UPDATE turns SET cancel_requested = true
-WHERE tenant = %s AND session_id = %s AND state <> 'done'
-"""
-
 ACCEPT = """
-INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash, input, options)
-VALUES (%s, %s, %s, 'accepted', %s, %s, %s, %s)
-RETURNING id, ordinal, state, status, idempotency_key, request_hash, input, options,
-  cancel_requested,
-  extract(epoch FROM accepted_at)::float8 AS accepted_at,
-  NULL::float8 AS finished_at, first_seq, last_seq
+SELECT * FROM accept_turn(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::int, %s::float8)
 """
 
 REQUEST_CANCEL = """

@@ -72,5 +72,64 @@ MIGRATIONS: tuple[str, ...] = (
         body       text NOT NULL,
         PRIMARY KEY (tenant, session_id, seq)
     );
+
+    -- Accept a turn for whoever owns the session, in one round trip. Each statement of a volatile
+    -- function has a snapshot of its own: what follows the row's lock sees what came before it.
+    CREATE FUNCTION accept_turn(
+        of_tenant text, of_session text, new_turn text, new_key text, new_hash text,
+        new_input text, new_options text, if_busy text, after_turn text, max_queued int,
+        term_s float8,
+        OUT outcome text, OUT at_owner text, OUT at_owner_alive boolean, OUT at_placement text,
+        OUT at_seq bigint, OUT turn_ordinal bigint, OUT turn_at float8
+    ) LANGUAGE plpgsql VOLATILE AS $accept$
+    DECLARE
+        s sessions%ROWTYPE;
+        waiting bigint;
+    BEGIN
+        SELECT * INTO s FROM sessions WHERE tenant = of_tenant AND id = of_session FOR UPDATE;
+        IF NOT FOUND THEN
+            outcome := 'gone';
+            RETURN;
+        END IF;
+        at_owner := s.owner;
+        at_placement := s.placement;
+        at_seq := s.last_seq;
+        at_owner_alive := EXISTS (
+            SELECT 1 FROM hosts h WHERE h.id = s.owner AND greatest(
+                h.beat_at, pg_postmaster_start_time()) > now() - make_interval(secs => term_s));
+        IF new_key IS NOT NULL AND EXISTS (
+            SELECT 1 FROM turns t WHERE t.tenant = of_tenant AND t.session_id = of_session
+            AND t.idempotency_key = new_key) THEN
+            outcome := 'duplicate';
+            RETURN;
+        END IF;
+        SELECT count(*) INTO waiting FROM turns t
+        WHERE t.tenant = of_tenant AND t.session_id = of_session AND t.state <> 'done';
+        outcome := CASE
+            WHEN s.expires_at <= now() THEN 'closed'
+            WHEN if_busy = 'reject' AND waiting > 0 THEN 'busy'
+            WHEN after_turn IS NOT NULL AND s.latest_turn IS DISTINCT FROM after_turn
+                THEN 'outdated'
+            WHEN waiting >= max_queued THEN 'full'
+            ELSE 'accepted'
+        END;
+        IF outcome <> 'accepted' THEN
+            RETURN;
+        END IF;
+        IF if_busy = 'interrupt' THEN
+            UPDATE turns t SET cancel_requested = true
+            WHERE t.tenant = of_tenant AND t.session_id = of_session AND t.state <> 'done';
+        END IF;
+        INSERT INTO turns AS t (tenant, session_id, id, state, idempotency_key, request_hash,
+                                input, options)
+        VALUES (of_tenant, of_session, new_turn, 'accepted', new_key, new_hash,
+                new_input, new_options)
+        RETURNING t.ordinal, extract(epoch FROM t.accepted_at)::float8
+        INTO turn_ordinal, turn_at;
+        UPDATE sessions SET inbox = inbox + 1, latest_turn = new_turn, parked_reason = NULL,
+            updated_at = now()
+        WHERE tenant = of_tenant AND id = of_session;
+    END
+    $accept$;
     """,
 )
