@@ -21,7 +21,8 @@ class StreamedAnswer:
 
     The first token is due at ``first_due``, everything at ``end_due`` (both in the loop's time),
     and in between no read may wait longer than ``stall_s``. Time that the consumer takes between
-    two reads is its own and only ``end_due`` looks at it.
+    two reads is its own and only ``end_due`` looks at it. ``ending`` holds the responses whose
+    answer is whole and whose body's end is still to come; whoever owns it closes them in the end.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class StreamedAnswer:
         first_due: float,
         end_due: float,
         stall_s: float,
+        ending: set[aiohttp.ClientResponse],
     ) -> None:
         self.text = ""
         """What the last read brought."""
@@ -42,6 +44,7 @@ class StreamedAnswer:
         self._model = model
         self._end_due = end_due
         self._stall_s = stall_s
+        self._ending = ending
         self._loop = asyncio.get_running_loop()
         self._due = first_due
         self._began = False
@@ -84,13 +87,18 @@ class StreamedAnswer:
         """End the call; a connection whose answer is whole can be used again."""
         self._timer.cancel()
         if self._response.closed:
-            return
+            return  # Its end was received, and its connection is free already.
         if self._chat.done:
             # The end of the body follows the end of the stream; then the response frees its
             # connection by itself.
-            self._loop.call_later(LINGER_S, self._response.close)
+            self._ending.add(self._response)
+            self._loop.call_later(LINGER_S, self._end)
         else:
             self._response.close()
+
+    def _end(self) -> None:
+        self._ending.discard(self._response)
+        self._response.close()
 
     def _look(self) -> None:
         now = self._loop.time()

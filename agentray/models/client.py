@@ -68,11 +68,15 @@ class ModelClient:
         self._clock = clock or SystemClock()
         self._targets: dict[str, _Target] = {}
         self._http: aiohttp.ClientSession | None = None
+        self._ending: set[aiohttp.ClientResponse] = set()
         self._closed = False
 
     async def close(self) -> None:
         """Close all connections; calls under way end with ``ModelUnavailableError``."""
         self._closed = True
+        for response in self._ending:
+            response.close()
+        self._ending.clear()
         if self._http is not None:
             await self._http.close()
 
@@ -210,6 +214,7 @@ class ModelClient:
             first_due=first,
             end_due=now + settings.step_timeout_s,
             stall_s=settings.stall_timeout_s,
+            ending=self._ending,
         )
 
     async def _not_a_stream(
