@@ -1,0 +1,108 @@
+"""The door as one ASGI application: find the route, run it, and answer every error."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from agentray.clock import Clock, SystemClock
+from agentray.config.settings import Settings
+from agentray.errors import AgentRayError
+from agentray.http import errors
+from agentray.http.door import ChatModels, Door, Metrics, ModelNames
+from agentray.http.exchange import ClientGoneError, Exchange
+from agentray.http.openapi import describe
+from agentray.http.routes import REFUSALS, ROUTES
+from agentray.http.routing import Router
+from agentray.http.sse import Watchdog
+from agentray.sessions.base import Sessions
+from agentray.telemetry.logging import get_logger
+
+__all__ = ["build_http_app"]
+
+log = get_logger(__name__)
+
+
+def build_http_app(
+    *,
+    sessions: Sessions,
+    models: ChatModels,
+    catalog: ModelNames,
+    settings: Settings,
+    metrics: Metrics,
+    draining: asyncio.Event | None = None,
+    clock: Clock | None = None,
+) -> ASGIApp:
+    """Return the application that serves all routes for this process's sessions.
+
+    ``metrics`` returns what ``/metrics`` answers, or awaits it. When ``draining`` is set, tails
+    of sessions end with a cursor; streams of turns go on to their end.
+    """
+    draining = draining or asyncio.Event()
+    door = Door(
+        sessions=sessions,
+        models=models,
+        catalog=catalog,
+        agents=settings.agents,
+        settings=settings.http,
+        watchdog=Watchdog(settings.http, draining),
+        draining=draining,
+        metrics=metrics,
+        clock=clock or SystemClock(),
+        openapi=msgspec.json.encode(describe(ROUTES)),
+    )
+    return _Application(door, Router(ROUTES, REFUSALS))
+
+
+class _Application:
+    def __init__(self, door: Door, router: Router[Door]) -> None:
+        self._door = door
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await _other(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            raw_path: bytes | None = scope.get("raw_path")
+            path = scope["path"] if raw_path is None else raw_path.decode("latin-1")
+            route, exchange.params = self._router.find(scope["method"], path)
+            await route.endpoint(self._door, exchange)
+        except AgentRayError as error:
+            await _refuse(exchange, error)
+        except ClientGoneError:
+            pass
+        except Exception:
+            # The outer wall: whatever it is, it is logged and the client is answered.
+            failure = uuid.uuid4().hex
+            log.exception("request_broke", failure=failure, path=scope["path"][:200])
+            message = f"an unexpected error; the log of this host knows more of {failure}"
+            await _refuse(exchange, AgentRayError(message, failure=failure))
+
+
+async def _refuse(exchange: Exchange, error: AgentRayError) -> None:
+    if exchange.started:
+        # Half an answer cannot become an error: the connection is closed, and that tells it.
+        log.warning("answer_broken_off", code=error.code, error=error.message)
+        return
+    status = errors.status(error)
+    if status >= 500 and error.code != AgentRayError.code:  # that one is in the log already
+        log.warning("request_failed", code=error.code, error=error.message, status=status)
+    await exchange.reply(errors.describe(error), status=status, headers=errors.headers(error))
+
+
+async def _other(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer what is no request: there is nothing to start or stop, and no websocket here."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    while True:
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
