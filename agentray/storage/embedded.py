@@ -1,4 +1,4 @@
-"""Run PostgreSQL and Redis as child processes on files of ours, when no other ones are configured."""
+"""Run PostgreSQL and Redis as child processes, when no other ones are configured."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ class _Server:
             async with asyncio.timeout(self._start_timeout_s):
                 while not await self._answers():
                     if self.pid is None:
+                        end = await self.wait_dead()
                         raise StorageUnavailableError(
-                            f"{self.name} {await self.wait_dead()} at its start: {self._last_words()}"
+                            f"{self.name} {end} at its start: {self._last_words()}"
                         )
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:

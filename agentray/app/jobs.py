@@ -1,0 +1,65 @@
+"""Run what needs a Ray driver in a process of its own, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, SecretStr
+
+from agentray.errors import NotReadyError
+
+__all__ = ["dump_settings", "run_job"]
+
+
+async def run_job(
+    job: Mapping[str, Any], *, environ: Mapping[str, str], log_file: Path, timeout_s: float
+) -> None:
+    """Have ``agentray.app.deploy`` do a job; being cancelled ends it.
+
+    Raises:
+        NotReadyError: if the job failed or took too long; the message says why.
+    """
+    with log_file.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "agentray.app.deploy",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env=dict(environ),
+            start_new_session=True,
+        )
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, _ = await process.communicate(json.dumps(job).encode())
+    except TimeoutError as error:
+        raise NotReadyError(
+            f"{job['do']} took longer than {timeout_s:.0f} s, see {log_file}"
+        ) from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = output.decode(errors="replace").strip().splitlines()
+        reason = said[-1] if said else f"exit code {process.returncode}"
+        raise NotReadyError(f"{job['do']} failed: {reason} (see {log_file})")
+
+
+def dump_settings(settings: BaseModel) -> Any:
+    """Return settings as JSON values, secrets in clear: for the pipe to a child only."""
+    return json.loads(json.dumps(settings.model_dump(mode="python"), default=_plain))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    raise TypeError(f"{type(value).__name__} is not a setting")

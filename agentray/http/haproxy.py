@@ -1,0 +1,198 @@
+"""Give HAProxy stable affinity by session: rewrite the configuration that Ray Serve made.
+
+Ray runs this file in HAProxy's place (``RAY_SERVE_HAPROXY_BINARY_PATH``) at each reload. It
+rewrites the configuration and becomes HAProxy. It is a script that imports the standard library
+alone, so that this costs 20 ms.
+
+What changes:
+
+- Each server gets an ``id`` that its name alone decides. HAProxy places servers on its hash ring
+  by id; without one, by position, and losing the first server would move every session.
+- The backend of the session hosts (route ``/``) hashes the session's id, from wherever the
+  request names it: the header ``x-session-id``, the path, the body. A request that will make a
+  session gets an id for it here, in ``x-agentray-new-session``: the session is born on the host
+  where all that comes later will arrive.
+- Listeners are bound to one address, and answers of HAProxy's own are JSON in OpenAI's shape.
+- Ray's Python proxy is no fallback: it would answer in place of a host.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from zlib import crc32
+
+__all__ = ["NEW_SESSION_HEADER", "rewrite", "unavailable_response"]
+
+NEW_SESSION_HEADER = "x-agentray-new-session"
+SESSION_HEADER = "x-session-id"
+
+# agentray.ids.RESPONSE_SESSION_OFFSET; a test holds the two together.
+RESPONSE_SESSION_OFFSET = 32
+
+# HAProxy multiplies an id by 4096 before it hashes it into 32 bits: only 20 bits count.
+_ID_BITS = 20
+# Points of a server on the ring are 16 times its weight.
+_WEIGHT = 64
+
+_MARK = "# rewritten by agentray\n"
+_UNAVAILABLE = (
+    '{"error":{"message":"No session host is available; try again.","type":"server_error",'
+    '"param":null,"code":"not_ready"}}'
+)
+
+_KEY = "txn.agentray_key"
+_NEW = "txn.agentray_new"
+_BODY_WAIT = "10s"
+_MAKES_SESSION = "/v1/responses /v1/conversations /v1/sessions"
+
+
+def rewrite(config: str, *, bind: str, error_file: str, session_route: str = "/") -> str:
+    """Return Ray's configuration of HAProxy with the changes that this module is about.
+
+    Args:
+        config: what Ray generated; one that was rewritten already is returned as it is.
+        bind: the address of all listeners.
+        error_file: a file with :func:`unavailable_response` in it.
+        session_route: the route of the session hosts.
+    """
+    if config.startswith(_MARK):
+        return config
+    session_backend = _backend_of(config, session_route)
+    lines = config.splitlines()
+    ids = _server_ids(lines)
+    out: list[str] = []
+    section = ""
+    for line in lines:
+        words = line.split()
+        if line[:1].strip() and words:
+            section = words[1] if words[0] == "backend" else ""
+            out.append(line)
+            if section and section == session_backend:
+                out.extend(_affinity())
+        elif words[:1] == ["bind"]:
+            port = words[1].rsplit(":", 1)[1]
+            out.append(" ".join(["   ", "bind", f"{_address(bind)}:{port}", *words[2:]]))
+        elif words[:1] == ["errorfile"]:
+            out.append(f"    errorfile {words[1]} {error_file}")
+        elif words[:1] == ["server"] and section:
+            if words[-1] != "backup":
+                out.append(f"{line} id {ids[section, words[1]]} weight {_WEIGHT}")
+        elif section == "default_backend" and words[:2] == ["http-request", "return"]:
+            # Nothing is deployed at "/": the system is starting or stopping.
+            out.append(
+                "    http-request return status 503 content-type application/json "
+                f"hdr Retry-After 1 string '{_UNAVAILABLE}'"
+            )
+        else:
+            out.append(line)
+    return _MARK + "\n".join(out) + "\n"
+
+
+def unavailable_response() -> str:
+    """Return the raw HTTP response that stands for every error of HAProxy's own."""
+    return (
+        "HTTP/1.1 503 Service Unavailable\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(_UNAVAILABLE)}\r\n"
+        "Retry-After: 1\r\n"
+        "Cache-Control: no-store\r\n"
+        f"\r\n{_UNAVAILABLE}"
+    )
+
+
+def _affinity() -> list[str]:
+    """Return the lines that give the session backend its key."""
+    no_key = f"!{{ var({_KEY}) -m found }}"
+    response = "{ path /v1/responses }"
+    session = "{ path /v1/sessions }"
+    segment = "path,field(4,/),url_dec"
+    of_response = f"bytes({RESPONSE_SESSION_OFFSET})"
+    header = f"req.hdr({SESSION_HEADER})"
+
+    def key(fetch: str, condition: str) -> str:
+        return f"http-request set-var({_KEY}) {fetch} if {no_key} {condition}"
+
+    def body(query: str, condition: str, *converters: str) -> str:
+        fetch = ",".join(["req.body", f"json_query('{query}')", *converters])
+        return key(fetch, f"METH_POST {condition} {{ {fetch} -m len gt 0 }}")
+
+    wait = f"http-request wait-for-body time {_BODY_WAIT}"
+    draw = f"http-request set-var-fmt({_NEW}) sess_%[uuid,regsub(-,,g)]"
+    hand_on = f"http-request set-header {NEW_SESSION_HEADER} %[var({_NEW})]"
+    rules = [
+        f"http-request del-header {NEW_SESSION_HEADER}",
+        key(header, f"{{ {header} -m len gt 0 }}"),
+        key(segment, "{ path_beg /v1/sessions/ /v1/conversations/ }"),
+        key(f"{segment},{of_response}", "{ path_beg /v1/responses/ }"),
+        # Only these wait for their body, and for no more of it than fits the buffer.
+        f"{wait} if {no_key} METH_POST {{ path /v1/responses /v1/sessions }}",
+        body("$.conversation", response),
+        body("$.conversation.id", response),
+        body("$.previous_response_id", response, of_response),
+        body("$.id", session),
+        f"{draw} if {no_key} METH_POST {{ path {_MAKES_SESSION} }}",
+        f"{hand_on} if {{ var({_NEW}) -m found }}",
+        key(f"var({_NEW})", f"{{ var({_NEW}) -m found }}"),
+        # Without a key (a list, a stateless completion) the servers take turns.
+        f"balance hash var({_KEY})",
+        "hash-type consistent sdbm avalanche",
+    ]
+    return [f"    {rule}" for rule in rules]
+
+
+def _backend_of(config: str, route: str) -> str | None:
+    """Return the backend that Ray sends a route to: its ACL matches the path exactly."""
+    found = re.search(rf"^\s*acl is_(\S+) path {re.escape(route)}$", config, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _server_ids(lines: list[str]) -> dict[tuple[str, str], int]:
+    """Return an id for each server of each backend: its name's hash, unique in its backend."""
+    servers: dict[str, set[str]] = {}
+    section = ""
+    for line in lines:
+        words = line.split()
+        if line[:1].strip() and words:
+            section = words[1] if words[0] == "backend" else ""
+        elif section and words[:1] == ["server"]:
+            servers.setdefault(section, set()).add(words[1])
+    ids: dict[tuple[str, str], int] = {}
+    top = (1 << _ID_BITS) - 1
+    for section, names in servers.items():
+        taken: set[int] = set()
+        for name in sorted(names):
+            number = crc32(name.encode()) % top + 1
+            while number in taken:
+                number = number % top + 1
+            taken.add(number)
+            ids[section, name] = number
+    return ids
+
+
+def _address(bind: str) -> str:
+    return f"[{bind}]" if ":" in bind else bind
+
+
+def _main(arguments: list[str]) -> None:
+    config = Path(arguments[arguments.index("-f") + 1])
+    error_file = config.with_name("unavailable.http")
+    _replace(error_file, unavailable_response())
+    bind = os.environ["AGENTRAY_INTERNAL_BIND"]
+    # In place: Ray knows its HAProxy by this path on the command line.
+    text = rewrite(config.read_text(encoding="utf-8"), bind=bind, error_file=str(error_file))
+    _replace(config, text)
+    program = os.environ["AGENTRAY_INTERNAL_HAPROXY"]
+    os.execv(program, [program, *arguments])  # noqa: S606 - the same process must go on
+
+
+def _replace(file: Path, text: str) -> None:
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8", newline="")
+    beside.replace(file)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
