@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import agentray
-from agentray.cli import config
+from agentray.cli import config, up
 from agentray.errors import AgentRayError
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config.app, name="config")
+app.command()(up.up)
 
 
 def _print_version(wanted: bool) -> None:
