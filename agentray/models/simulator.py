@@ -237,6 +237,7 @@ def build_simulator_app(
         # Admission is the simulator's own: it answers 429, Serve would queue without bound.
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
     )
     replica: Any = cast(Any, serve).ingress()(_SimulatorReplica)
     return deploy(replica).bind(settings, mount)
