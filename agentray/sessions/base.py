@@ -7,7 +7,15 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from agentray.events import AnyEvent, Message, TurnError, TurnOptions, TurnStatus, Usage
+from agentray.events import (
+    AnyEvent,
+    Message,
+    ModelCalled,
+    TurnError,
+    TurnOptions,
+    TurnStatus,
+    Usage,
+)
 
 __all__ = [
     "Cursor",
@@ -18,6 +26,7 @@ __all__ = [
     "Sessions",
     "StreamItem",
     "TurnInfo",
+    "item_cursor",
 ]
 
 IfBusy = Literal["enqueue", "reject", "interrupt"]
@@ -52,6 +61,13 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 StreamItem = AnyEvent | Delta
+
+
+def item_cursor(item: StreamItem) -> Cursor:
+    """Return the cursor behind an item of a stream."""
+    if isinstance(item, Delta):
+        return Cursor(item.seq, item.offset)
+    return Cursor(item.seq, item.continued_from if isinstance(item, ModelCalled) else 0)
 
 
 class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,11 +225,11 @@ class Sessions(Protocol):
         """Yield what comes after the cursor, first what was missed, then live, in batches.
 
         Events come in the order of their ``seq`` without gap or repetition. Text of a running
-        call comes as deltas behind its ``model.called``. The caller ignores deltas of text that
-        it knows: a ``model.finished`` or ``model.voided`` repeats the attempt's whole text in
-        its ``text`` field, of which the deltas were a prefix. With ``turn_id``, only that turn's
-        items come and the iterator ends behind its ``turn.finished``; a turn that waits in the
-        queue is waited for. Without, it never ends by itself.
+        call comes as deltas behind its ``model.called``: put together, those of a step are its
+        text, whatever was live and whatever came from the journal. With ``turn_id``, only that
+        turn's items come and the iterator ends behind its ``turn.finished``; a turn that waits
+        in the queue is waited for. Without, it never ends by itself. Where to go on behind an
+        item says ``item_cursor``.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError: before the first item.

@@ -10,8 +10,17 @@ import msgspec
 
 from agentray.clock import Clock
 from agentray.errors import CursorError, SessionNotFoundError, StorageError, TurnNotFoundError
-from agentray.events import AnyEvent, TurnAccepted, TurnFinished, decode_event
-from agentray.sessions.base import Cursor, Delta, StreamItem
+from agentray.events import (
+    AnyEvent,
+    ModelCalled,
+    ModelFailed,
+    ModelFinished,
+    ModelVoided,
+    TurnAccepted,
+    TurnFinished,
+    decode_event,
+)
+from agentray.sessions.base import Cursor, Delta, StreamItem, item_cursor
 from agentray.sessions.stream import Hub, TailWriter, WireMessage
 from agentray.storage.base import DurableStore
 from agentray.telemetry.logging import get_logger
@@ -26,6 +35,30 @@ _POLL_S = 0.5
 _RENEW_S = 10.0
 _FOLLOWER_TTL_S = 30.0
 _PAGE = 500
+
+
+class _TextInFlight:
+    """What a reader has of the running call's text, so that it gets the rest before the end."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._called_seq = cursor.seq
+        self._seen = cursor.offset
+
+    def complete(self, items: Sequence[StreamItem]) -> list[StreamItem]:
+        """Return the items with a delta of what is missing in front of each end of a call."""
+        completed: list[StreamItem] = []
+        for item in items:
+            if isinstance(item, Delta):
+                self._seen = item.offset
+            elif isinstance(item, ModelCalled):
+                self._called_seq, self._seen = item.seq, item.continued_from
+            elif isinstance(item, ModelFinished | ModelVoided | ModelFailed):
+                rest = item.text[self._seen :]
+                if rest:
+                    self._seen += len(rest)
+                    completed.append(Delta(item.turn_id, self._called_seq, self._seen, rest))
+            completed.append(item)
+        return completed
 
 
 class Following:
@@ -61,6 +94,7 @@ class Following:
     ) -> AsyncIterator[list[StreamItem]]:
         """Yield what ``Sessions.follow`` promises."""
         cursor = await self._start(key, after, turn_id)
+        text = _TextInFlight(cursor)
         hub = self._join(key, cursor.seq)
         try:
             while True:
@@ -75,8 +109,8 @@ class Following:
                         self._leave(key, hub)
                         hub = self._join(key, cursor.seq)
                     continue
-                last = items[-1]
-                cursor = last.cursor if isinstance(last, Delta) else Cursor(last.seq)
+                cursor = item_cursor(items[-1])
+                items = text.complete(items)
                 if turn_id is None:
                     yield list(items)
                     continue
