@@ -1,0 +1,1 @@
+"""Measure agentray: each module here prints a table and writes what it measured as JSON."""
