@@ -9,8 +9,8 @@ from agentray.events import AnyEvent, Message, TurnAccepted
 from agentray.http.door import TENANT
 from agentray.http.errors import ItemNotFoundError
 from agentray.http.objects import (
+    ConversationMessage,
     InputImage,
-    InputMessage,
     InputText,
     Item,
     ItemList,
@@ -37,7 +37,7 @@ _PAGE = 500
 def input_items(turn_id: str, messages: Iterable[Message]) -> list[Item]:
     """Return what a caller gave to a turn."""
     return [
-        InputMessage(f"msg_{turn_id}_in{k}", message.role, _parts(message))
+        ConversationMessage(f"msg_{turn_id}_in{k}", "completed", _parts(message), message.role)
         for k, message in enumerate(messages)
     ]
 

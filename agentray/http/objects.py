@@ -14,12 +14,12 @@ __all__ = [
     "ContentPartAdded",
     "ContentPartDone",
     "Conversation",
+    "ConversationMessage",
     "ConversationRef",
     "Deleted",
     "ErrorEvent",
     "IncompleteDetails",
     "InputImage",
-    "InputMessage",
     "InputText",
     "Item",
     "ItemList",
@@ -32,10 +32,8 @@ __all__ = [
     "McpToolError",
     "Model",
     "ModelList",
-    "OutputItem",
     "OutputItemAdded",
     "OutputItemDone",
-    "OutputMessage",
     "OutputText",
     "Response",
     "ResponseCompleted",
@@ -81,22 +79,13 @@ class OutputText(_Tagged, frozen=True, tag="output_text"):
     logprobs: list[Any] = []
 
 
-class InputMessage(_Tagged, frozen=True, tag="message"):
-    """A message that a caller gave."""
-
-    id: str
-    role: str
-    content: list[InputText | InputImage | OutputText]
-    status: ItemStatus = "completed"
-
-
-class OutputMessage(_Tagged, frozen=True, tag="message"):
-    """What a model said in one step."""
+class ConversationMessage(_Tagged, frozen=True, tag="message"):
+    """What a model said in one step, or a message that a caller gave."""
 
     id: str
     status: ItemStatus
-    content: list[OutputText]
-    role: Literal["assistant"] = "assistant"
+    content: list[InputText | InputImage | OutputText]
+    role: str = "assistant"
 
 
 class McpToolError(msgspec.Struct, frozen=True):
@@ -122,8 +111,7 @@ class McpCall(_Tagged, frozen=True, tag="mcp_call"):
     approval_request_id: None = None
 
 
-OutputItem = OutputMessage | McpCall
-Item = InputMessage | OutputMessage | McpCall
+Item = ConversationMessage | McpCall
 
 
 class _InputDetails(msgspec.Struct, frozen=True):
@@ -199,7 +187,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
     model: str
-    output: list[OutputItem] = []
+    output: list[Item] = []
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
     conversation: ConversationRef | None = None
@@ -245,12 +233,12 @@ class ResponseIncomplete(_Numbered, frozen=True, tag="response.incomplete"):
 
 class OutputItemAdded(_Numbered, frozen=True, tag="response.output_item.added"):
     output_index: int
-    item: OutputItem
+    item: Item
 
 
 class OutputItemDone(_Numbered, frozen=True, tag="response.output_item.done"):
     output_index: int
-    item: OutputItem
+    item: Item
 
 
 class ContentPartAdded(_Numbered, frozen=True, tag="response.content_part.added"):

@@ -26,16 +26,13 @@ from agentray.events import (
     ToolCalled,
     ToolFinished,
     TurnAccepted,
-    TurnError,
     TurnFinished,
-    TurnStatus,
-    Usage,
 )
 from agentray.http.objects import (
     ContentPartAdded,
     ContentPartDone,
-    ConversationRef,
-    IncompleteDetails,
+    ConversationMessage,
+    Item,
     ItemStatus,
     McpArgumentsDone,
     McpCall,
@@ -43,119 +40,33 @@ from agentray.http.objects import (
     McpCallFailed,
     McpCallInProgress,
     McpToolError,
-    OutputItem,
     OutputItemAdded,
     OutputItemDone,
-    OutputMessage,
     OutputText,
     Response,
     ResponseCompleted,
     ResponseCreated,
-    ResponseError,
     ResponseEvent,
     ResponseFailed,
     ResponseIncomplete,
     ResponseInProgress,
     ResponseQueued,
     ResponseStatus,
-    ResponseUsage,
     TextDelta,
     TextDone,
 )
-from agentray.ids import response_id
-from agentray.sessions.base import Delta, StreamItem, TurnInfo
+from agentray.http.response_object import ended, message_id
+from agentray.sessions.base import Delta, StreamItem
 
-__all__ = ["ResponseFold", "attempt_number", "begin", "one_message", "without_items"]
+__all__ = ["ResponseFold", "attempt_number"]
 
 SEQ_SHIFT = 24
 DELTA_BASE = 16
-
-_RATE_LIMITS = frozenset({"model_rate_limited", "overloaded"})
 
 
 def attempt_number(sequence_number: int) -> int:
     """Return how many events behind ``turn.accepted`` the cause of an event lies."""
     return sequence_number >> SEQ_SHIFT
-
-
-def begin(
-    session_id: str,
-    turn: TurnInfo,
-    *,
-    agent: str,
-    previous: str | None = None,
-    conversation: bool = False,
-) -> Response:
-    """Return the response of a turn, before anything happened in it.
-
-    ``agent`` is the session's, as far as that is known: a turn that waits may not tell.
-    """
-    options = turn.options
-    return Response(
-        id=response_id(session_id, turn.id),
-        created_at=int(turn.accepted_at),
-        status="queued" if turn.state == "accepted" else "in_progress",
-        background=options.background,
-        instructions=options.instructions,
-        max_output_tokens=options.max_output_tokens,
-        metadata=options.metadata,
-        model=options.model or turn.agent or agent,
-        previous_response_id=previous,
-        conversation=ConversationRef(session_id) if conversation else None,
-        temperature=options.temperature,
-        top_p=options.top_p,
-    )
-
-
-def without_items(response: Response, turn: TurnInfo) -> Response:
-    """Return the response of a turn that ended before it began: it has no events but two."""
-    assert turn.status is not None
-    return _ended(response, turn.status, turn.error, turn.usage or Usage(), turn.finished_at)
-
-
-def one_message(response: Response, turn: TurnInfo) -> Response | None:
-    """Return the response of a turn that was one plain answer, without its events; else None.
-
-    Such a turn is ``turn.accepted``, ``model.called``, ``model.finished``, ``turn.finished``.
-    """
-    if turn.status != "completed" or turn.first_seq is None or turn.last_seq is None:
-        return None
-    if turn.last_seq - turn.first_seq != 3 or turn.text is None:
-        return None
-    message = OutputMessage(_message_id(turn.id, 1), "completed", [OutputText(turn.text)])
-    return without_items(replace(response, output=[message]), turn)
-
-
-def _message_id(turn_id: str, relative_seq: int) -> str:
-    return f"msg_{turn_id}_{relative_seq}"
-
-
-def _ended(
-    response: Response,
-    status: TurnStatus,
-    error: TurnError | None,
-    usage: Usage,
-    finished_at: float | None,
-) -> Response:
-    failure = incomplete = None
-    if status == "failed":
-        code, message = (error.code, error.message) if error else ("unknown", "the turn failed")
-        kind = "rate_limit_exceeded" if code in _RATE_LIMITS else "server_error"
-        failure = ResponseError(kind, message, code)
-    elif status == "incomplete":
-        reason = error.code if error else None
-        if reason == "max_output_tokens" or reason == "content_filter":
-            incomplete = IncompleteDetails(reason)
-        else:
-            incomplete = IncompleteDetails("max_messages" if reason == "max_steps" else None)
-    return replace(
-        response,
-        status=status,
-        error=failure,
-        incomplete_details=incomplete,
-        usage=ResponseUsage.of(usage.input_tokens, usage.output_tokens, usage.cached_tokens),
-        completed_at=int(finished_at) if status == "completed" and finished_at else None,
-    )
 
 
 class _OpenMessage:
@@ -201,7 +112,7 @@ class ResponseFold:
         self._first = 0
         self._relative = 0
         self._base = 0
-        self._items: list[OutputItem] = []
+        self._items: list[Item] = []
         self._message: _OpenMessage | None = None
         self._calls: dict[str, int] = {}
         self._created = False
@@ -293,9 +204,9 @@ class ResponseFold:
     def _open(self) -> _OpenMessage:
         message = self._message
         if message is None:
-            item_id, index = _message_id(self._turn_id, self._relative), len(self._items)
+            item_id, index = message_id(self._turn_id, self._relative), len(self._items)
             self._message = message = _OpenMessage(item_id, index)
-            empty = OutputMessage(item_id, "in_progress", [])
+            empty = ConversationMessage(item_id, "in_progress", [])
             self._items.append(empty)
             # The numbers of model.called, although the item shows only with its first text: a
             # step that only calls tools has no message.
@@ -357,17 +268,20 @@ class ResponseFold:
         self._message = None
         item = self._written(message, status, text)
         self._items[message.index] = item
-        item_id, index, part = message.id, message.index, item.content[0]
+        item_id, index = message.id, message.index
         self._emit(TextDone(sequence_number=number, item_id=item_id, output_index=index, text=text))
         self._emit(
             ContentPartDone(
-                sequence_number=number + 1, item_id=item_id, output_index=index, part=part
+                sequence_number=number + 1,
+                item_id=item_id,
+                output_index=index,
+                part=OutputText(text),
             )
         )
         self._emit(OutputItemDone(sequence_number=number + 2, output_index=index, item=item))
 
-    def _written(self, message: _OpenMessage, status: ItemStatus, text: str) -> OutputMessage:
-        return OutputMessage(message.id, status, [OutputText(text)])
+    def _written(self, message: _OpenMessage, status: ItemStatus, text: str) -> ConversationMessage:
+        return ConversationMessage(message.id, status, [OutputText(text)])
 
     def _tool_called(self, number: int, event: ToolCalled) -> None:
         if event.call_id in self._calls:  # tried again after a crash: the same item
@@ -408,12 +322,12 @@ class ResponseFold:
         number += 3
         for index, item in enumerate(self._items):
             if item.status == "in_progress" and isinstance(item, McpCall):
-                ended = replace(item, status="incomplete")
-                self._items[index] = ended
-                self._emit(OutputItemDone(sequence_number=number, output_index=index, item=ended))
+                cut = replace(item, status="incomplete")
+                self._items[index] = cut
+                self._emit(OutputItemDone(sequence_number=number, output_index=index, item=cut))
                 number += 1
         response = replace(self._response, output=list(self._items))
-        response = _ended(response, event.status, event.error, event.usage, event.at)
+        response = ended(response, event.status, event.error, event.usage, event.at)
         self._response = response
         self.done = True
         ending = _ENDINGS.get(response.status, ResponseIncomplete)

@@ -29,7 +29,8 @@ from agentray.http.exchange import Exchange
 from agentray.http.haproxy import NEW_SESSION_HEADER
 from agentray.http.items import input_items, page_of, turn_events
 from agentray.http.objects import ErrorEvent, Response
-from agentray.http.responses import ResponseFold, attempt_number, begin, one_message
+from agentray.http.response_object import begin, one_message
+from agentray.http.responses import ResponseFold, attempt_number
 from agentray.http.retries import Attempt, attempt_of, earlier_attempt
 from agentray.http.sse import EventStream, response_frames
 from agentray.ids import (

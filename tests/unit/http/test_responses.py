@@ -28,14 +28,16 @@ from agentray.events import (
     Usage,
 )
 from agentray.http.objects import (
+    ConversationMessage,
     OutputItemDone,
-    OutputMessage,
+    OutputText,
     Response,
     ResponseEvent,
     TextDelta,
     TextDone,
 )
-from agentray.http.responses import ResponseFold, begin, one_message
+from agentray.http.response_object import begin, one_message
+from agentray.http.responses import ResponseFold
 from agentray.sessions.base import Delta, StreamItem
 from tests.unit.http.turns import SESSION, TURN, Script, cut_again, scripts, turn_info
 
@@ -75,8 +77,12 @@ def test_the_deltas_put_together_are_the_final_texts(script: Script) -> None:
     events, response = fold(script.items)
     done = {event.item_id: event.text for event in events if isinstance(event, TextDone)}
     assert {key: text for key, text in done.items() if text} == texts(events)
-    messages = [item for item in response.output if isinstance(item, OutputMessage)]
-    assert {message.id: message.content[0].text for message in messages} == done
+    messages = [item for item in response.output if isinstance(item, ConversationMessage)]
+    shown = {
+        message.id: "".join(part.text for part in message.content if isinstance(part, OutputText))
+        for message in messages
+    }
+    assert shown == done
 
 
 @given(scripts(), st.data())
@@ -284,7 +290,7 @@ def test_every_tool_call_is_one_item_and_nothing_stays_in_progress(script: Scrip
         for call in event.tool_calls
     ]
     begun = {event.call_id for event in script.events if isinstance(event, ToolCalled)}
-    shown = [item for item in response.output if not isinstance(item, OutputMessage)]
+    shown = [item for item in response.output if not isinstance(item, ConversationMessage)]
     assert len(shown) == len(asked)
     assert begun == {call_id for _, call_id in asked}
     assert "in_progress" not in {item.status for item in response.output}
