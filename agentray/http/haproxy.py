@@ -46,7 +46,8 @@ _UNAVAILABLE = (
 _KEY = "txn.agentray_key"
 _NEW = "txn.agentray_new"
 _BODY_WAIT = "10s"
-_MAKES_SESSION = "/v1/responses /v1/conversations /v1/sessions"
+_MAKES_SESSION = "/v1/responses /v1/sessions"
+_MAKES_CONVERSATION = "/v1/conversations"
 
 
 def rewrite(config: str, *, bind: str, error_file: str, session_route: str = "/") -> str:
@@ -120,7 +121,8 @@ def _affinity() -> list[str]:
         return key(fetch, f"METH_POST {condition} {{ {fetch} -m len gt 0 }}")
 
     wait = f"http-request wait-for-body time {_BODY_WAIT}"
-    draw = f"http-request set-var-fmt({_NEW}) sess_%[uuid,regsub(-,,g)]"
+    draw = f"http-request set-var-fmt({_NEW})"
+    uuid = "%[uuid,regsub(-,,g)]"
     hand_on = f"http-request set-header {NEW_SESSION_HEADER} %[var({_NEW})]"
     rules = [
         f"http-request del-header {NEW_SESSION_HEADER}",
@@ -133,7 +135,8 @@ def _affinity() -> list[str]:
         body("$.conversation.id", response),
         body("$.previous_response_id", response, of_response),
         body("$.id", session),
-        f"{draw} if {no_key} METH_POST {{ path {_MAKES_SESSION} }}",
+        f"{draw} sess_{uuid} if {no_key} METH_POST {{ path {_MAKES_SESSION} }}",
+        f"{draw} conv_{uuid} if {no_key} METH_POST {{ path {_MAKES_CONVERSATION} }}",
         f"{hand_on} if {{ var({_NEW}) -m found }}",
         key(f"var({_NEW})", f"{{ var({_NEW}) -m found }}"),
         # Without a key (a list, a stateless completion) the servers take turns.

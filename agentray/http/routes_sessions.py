@@ -27,7 +27,7 @@ from agentray.http.items import turn_events
 from agentray.http.objects import Deleted
 from agentray.http.sse import EventStream, ModelDelta, comment, error_frame, native_frames
 from agentray.ids import check_name, check_session_id
-from agentray.sessions.base import Cursor, Delta, SessionInfo, StreamItem
+from agentray.sessions.base import Cursor, Delta, SessionInfo, StreamItem, item_cursor
 
 __all__ = [
     "CancelledTurns",
@@ -233,7 +233,7 @@ async def _follow(
                 behind = _behind(batch, cursor)
                 if behind:
                     last = behind[-1]
-                    at = last.cursor if isinstance(last, Delta) else Cursor(last.seq)
+                    at = item_cursor(last)
                     ended = bounded and isinstance(last, TurnFinished)
                     await stream.write(native_frames(behind), last=ended)
                     if ended:

@@ -18,7 +18,7 @@ from agentray.config.settings import HttpSettings
 from agentray.events import encode_event
 from agentray.http.exchange import Exchange, Header
 from agentray.http.objects import ResponseEvent
-from agentray.sessions.base import Delta, StreamItem
+from agentray.sessions.base import Delta, StreamItem, item_cursor
 from agentray.telemetry.logging import get_logger
 
 __all__ = [
@@ -76,16 +76,13 @@ def native_frames(items: Iterable[StreamItem]) -> bytes:
     """Return items of a session's stream as server-sent events; their ids are cursors."""
     frames: list[bytes] = []
     for item in items:
+        at = item_cursor(item)
         if isinstance(item, Delta):
+            name = b"model.delta"
             data = _encode(ModelDelta(item.turn_id, item.seq, item.offset, item.text))
-            frames.append(
-                b"id: %d.%d\nevent: model.delta\ndata: %b\n\n" % (item.seq, item.offset, data)
-            )
         else:
-            frames.append(
-                b"id: %d.0\nevent: %b\ndata: %b\n\n"
-                % (item.seq, _name(type(item)), encode_event(item))
-            )
+            name, data = _name(type(item)), encode_event(item)
+        frames.append(b"id: %d.%d\nevent: %b\ndata: %b\n\n" % (at.seq, at.offset, name, data))
     return b"".join(frames)
 
 

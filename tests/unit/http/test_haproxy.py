@@ -49,7 +49,7 @@ def rewritten(config: str = CONFIG, *, bind: str = "127.0.0.1") -> str:
 
 
 def section(config: str, head: str) -> str:
-    return re.split(r"\n(?=\S)", config[config.index(head) :])[0]
+    return re.split(r"\n(?=\S)", config[config.index(f"\n{head}") + 1 :])[0]
 
 
 def server_ids(config: str) -> dict[str, int]:
@@ -104,8 +104,9 @@ def test_response_ids_are_cut_where_their_session_begins() -> None:
 
 
 def test_a_drawn_session_id_is_a_session_id() -> None:
-    assert ids.check_session_id("sess_" + "0123456789abcdef" * 2)
-    assert "sess_%[uuid,regsub(-,,g)]" in rewritten()
+    for prefix in ("sess_", "conv_"):
+        assert ids.check_session_id(prefix + "0123456789abcdef" * 2)
+        assert prefix + "%[uuid,regsub(-,,g)]" in rewritten()
 
 
 def test_the_wrapper_needs_the_standard_library_alone() -> None:
