@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
 
@@ -58,7 +59,10 @@ class DedicatedSession:
                     self._settings,
                     simulator_url=self._simulator_url,
                     placement="dedicated",
-                    address=actor_name(self._tenant, self._id),
+                    address=(
+                        f"{ray.util.get_node_ip_address()}/"
+                        f"{actor_name(self._tenant, self._id)}/{os.getpid()}"
+                    ),
                     launch_dedicated=None,
                 )
                 await process.start()

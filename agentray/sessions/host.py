@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class SessionHost:
             settings,
             simulator_url=simulator_url,
             placement="shared",
-            address=f"{ray.util.get_node_ip_address()}/{context.replica_tag}",
+            address=f"{ray.util.get_node_ip_address()}/{context.replica_tag}/{os.getpid()}",
             launch_dedicated=launcher(settings, simulator_url),
             hint=context.replica_tag,
         )
