@@ -4,9 +4,10 @@ That client repeats a POST whose answer it did not get, after a timeout, a cut c
 5xx, and sends no idempotency key for a response (3.54). What it sends is
 ``x-stainless-retry-count``. So a first attempt leaves its fingerprint (in the turn's idempotency
 key, and in the metadata of a session that it made), and a repeated one looks for that: in the
-latest turn of its session, else in the sessions that are young enough. Two callers that ask the
-very same at once are told apart by nothing; the one whose answer was lost may then be given the
-other's.
+latest turn of its session, else in the sessions that are young enough. A turn that ended long
+ago is not meant: then the first attempt never arrived, and the same was asked before. Two callers
+that ask the very same at once are told apart by nothing; the one whose answer was lost may then
+be given the other's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ METADATA_KEY = "agentray.request"
 _PREFIX = "openai:"
 _CLIENT_TIMEOUT_S = 600.0
 _SLACK_S = 60.0
+# A client that lost an answer comes back after its pause of at most 8 seconds.
+_ANSWER_LOST_S = 60.0
 _PAGES = 10
 _PAGE = 100
 
@@ -43,10 +46,12 @@ class Attempt(msgspec.Struct, frozen=True):
         """Return a fresh idempotency key that carries the fingerprint."""
         return f"{_PREFIX}{self.fingerprint}:{new_turn_id()}"
 
-    def made(self, turn: TurnInfo) -> bool:
+    def made(self, turn: TurnInfo, now: float) -> bool:
         """Return whether this request, sent before, made that turn."""
         key = turn.idempotency_key
-        return key is not None and key.startswith(f"{_PREFIX}{self.fingerprint}:")
+        if key is None or not key.startswith(f"{_PREFIX}{self.fingerprint}:"):
+            return False
+        return turn.finished_at is None or now - turn.finished_at <= _ANSWER_LOST_S
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -98,4 +103,4 @@ async def _made(door: Door, attempt: Attempt, session_id: str) -> TurnInfo | Non
         turn = await door.sessions.turn(TENANT, session_id, latest)
     except (SessionNotFoundError, TurnNotFoundError):
         return None
-    return turn if attempt.made(turn) else None
+    return turn if attempt.made(turn, door.clock.now()) else None

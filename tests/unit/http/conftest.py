@@ -12,10 +12,11 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp, Message
 
+from agentray.clock import ManualClock
 from agentray.config.settings import AgentSettings, HttpSettings, Settings
 from agentray.http.app import build_http_app
 from agentray.models.client import RawStream
-from tests.unit.http.memory import MemorySessions
+from tests.unit.http.memory import AT, MemorySessions
 
 DEADLINE_S = 10.0
 
@@ -109,6 +110,12 @@ def models() -> Models:
 
 
 @pytest.fixture
+def clock() -> ManualClock:
+    """Return a clock that begins when all turns in memory were made and done."""
+    return ManualClock(AT)
+
+
+@pytest.fixture
 def draining() -> asyncio.Event:
     return asyncio.Event()
 
@@ -124,6 +131,7 @@ def app(
     models: Models,
     draining: asyncio.Event,
     http_settings: HttpSettings,
+    clock: ManualClock,
 ) -> ASGIApp:
     return build_http_app(
         sessions=sessions,
@@ -138,6 +146,7 @@ def app(
         ),
         metrics=lambda: b"up 1\n",
         draining=draining,
+        clock=clock,
     )
 
 
