@@ -61,11 +61,11 @@ class Ownership:
         # The time before the statement counts: the store's clock cannot be earlier.
         asked_at = self._clock.monotonic()
         await self._store.beat(self.owner_id, kind=self._kind, address=self._address)
-        slept = not self.fresh()
-        self._beat_at = asked_at
-        if slept and self.verify is not None:
+        if not self.fresh() and self.verify is not None:
             log.warning("owner_slept_past_its_term", owner=self.owner_id)
             await self.verify()
+        # Only now: whoever waits in confirm must not go on with sessions that are another's.
+        self._beat_at = asked_at
 
     async def run(self) -> None:
         """Beat until cancelled."""

@@ -230,7 +230,10 @@ class SessionService:
             try:
                 new = await self._residents.begin(actor, birth, input, options)
             except OwnershipLostError:
-                # Not accepted here: let the store say who owns the session now.
+                # Unless it landed unseen before another owner came: then it is accepted.
+                landed = await self._store.turn(tenant, session_id, birth.turn_id)
+                if landed is not None:
+                    return turn_info(session_id, landed, None)
                 new = None
             if new:
                 return _begun(actor, birth, input, options, self._clock.now(), first_seq)
