@@ -10,20 +10,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
+import time
+from http.client import HTTPConnection, HTTPException
 from importlib import import_module
 from typing import Any, cast
 
+from agentray.app.address import door
 from agentray.config.settings import SIMULATOR, Settings
+from agentray.errors import AgentRayError, NotReadyError
 
 __all__ = ["main"]
 
 HOSTS_APP = "hosts"
+_POLL_S = 0.1
 
 
 def main() -> None:
     """Do the job that standard input describes."""
     job = json.load(sys.stdin)
+    # Serve refuses a request router of one's own on an application behind HAProxy, whose requests
+    # it would not see. Ours is for the calls of handles. Serve looks here, in the driver, alone.
+    os.environ.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         _connect(job["address"])
@@ -36,7 +45,8 @@ def main() -> None:
         # Ray wraps what a task raised, and shows the traceback first.
         error = getattr(error, "cause", None) or error
         reason = str(error).strip().splitlines()
-        sys.stdout.write(f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}\n")
+        kind = "" if isinstance(error, AgentRayError) else f"{type(error).__name__}: "
+        sys.stdout.write(f"{kind}{reason[0] if reason else 'no reason given'}\n")
         sys.stdout.flush()
         sys.exit(1)
 
@@ -67,7 +77,35 @@ def _deploy(settings: Settings, hosts_app: str) -> None:
 
         simulator = build_simulator_app(settings.models.simulator, mount=mount)
         targets.append(serve.RunTarget(simulator, name=SIMULATOR, route_prefix=SIMULATOR_PREFIX))
-    serve.run_many(targets)
+    serve.run_many(
+        targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+    # Not left to Serve: it says only after a minute, and without a reason, that a start failed.
+    names = {target.name for target in targets}
+    while not (_all_running(serve.status(), names) and _answers(settings)):
+        time.sleep(_POLL_S)
+
+
+def _all_running(status: Any, names: set[str]) -> bool:
+    for name, application in status.applications.items():
+        if name in names and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            said = [application.message, *(d.message for d in application.deployments.values())]
+            lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+            raise NotReadyError(f"{name}: {lines[-1] if lines else 'no reason given'}")
+    running = {name for name, app in status.applications.items() if app.status == "RUNNING"}
+    return names <= running
+
+
+def _answers(settings: Settings) -> bool:
+    """Return whether a session host answers at the front door."""
+    connection = HTTPConnection(door(settings.http), settings.http.port, timeout=5)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _stop() -> None:

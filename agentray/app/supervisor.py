@@ -18,6 +18,7 @@ from typing import cast
 from pydantic import SecretStr
 
 import agentray
+from agentray.app.address import in_url, url
 from agentray.app.environment import (
     DRAIN_MARGIN_S,
     base_environment,
@@ -43,8 +44,6 @@ __all__ = ["Supervisor"]
 
 _LOOPBACK = "127.0.0.1"
 _DEPLOY_S = 300.0
-_ANSWER_S = 60.0
-_POLL_S = 0.05
 _CURL_BODY = """-H 'content-type: application/json' -d '{"input": "hello"}'"""
 
 
@@ -195,39 +194,10 @@ class Supervisor:
                 raise NotReadyError(f"Ray died while the applications started: {death.result()}")
             await job
             self._deployed = True
-            await self._until_answering()
         finally:
             for task in (job, death):
                 task.cancel()
             await asyncio.gather(job, death, return_exceptions=True)
-
-    async def _until_answering(self) -> None:
-        """Wait until a session host answers through HAProxy."""
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                while await self._status("/healthz") != 200:  # noqa: ASYNC110 - over HTTP
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError as error:
-            raise NotReadyError(
-                f"no session host answers at {self.url}, see {self._layout.ray_dir}"
-            ) from error
-
-    async def _status(self, path: str) -> int:
-        """Return the status of a GET at our own front door, 0 when nobody answers."""
-        writer: asyncio.StreamWriter | None = None
-        try:
-            async with asyncio.timeout(5):
-                reader, writer = await asyncio.open_connection(
-                    self._door(), self._settings.http.port
-                )
-                writer.write(f"GET {path} HTTP/1.0\r\nhost: agentray\r\n\r\n".encode())
-                words = (await reader.readline()).split()
-                return int(words[1]) if len(words) > 1 else 0
-        except (OSError, TimeoutError, ValueError):
-            return 0
-        finally:
-            if writer is not None:
-                writer.close()
 
     async def _restart_postgres(self) -> None:
         assert self._stores.postgres is not None
@@ -270,14 +240,6 @@ class Supervisor:
 
     # Smaller things
 
-    @property
-    def url(self) -> str:
-        return f"http://{_in_url(self._door())}:{self._settings.http.port}"
-
-    def _door(self) -> str:
-        host = self._settings.http.host
-        return {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)
-
     def _resolved(self, settings: Settings) -> Settings:
         """Return the settings with the addresses of what runs here filled in."""
         return settings.model_copy(
@@ -312,7 +274,7 @@ class Supervisor:
                 probe.listen(1)
             except OSError as error:
                 raise ConfigError(
-                    f"cannot listen on {_in_url(host)}:{port}: {error.strerror}; "
+                    f"cannot listen on {in_url(host)}:{port}: {error.strerror}; "
                     "choose another --port"
                 ) from error
 
@@ -331,7 +293,7 @@ class Supervisor:
                 version=agentray.__version__,
                 started_at=self._started_at,
                 ready=ready,
-                url=self.url,
+                url=url(self._settings.http),
                 ray_address=self._head.address,
                 postgres=without_password(self._stores.postgres_url),
                 redis=without_password(self._stores.redis_url),
@@ -348,20 +310,16 @@ class Supervisor:
         default = models.default or models.names()[0]
         change = "agentray up --model NAME=URL   (an OpenAI-compatible endpoint)"
         self._report.ready(
-            self.url,
+            url(self._settings.http),
             [
                 f"model      {default}; another one: {change}",
                 "talk       agentray chat",
-                f"curl       curl {self.url}/v1/responses {_CURL_BODY}",
-                f'openai     OpenAI(base_url="{self.url}/v1", api_key="none")',
+                f"curl       curl {url(self._settings.http)}/v1/responses {_CURL_BODY}",
+                f'openai     OpenAI(base_url="{url(self._settings.http)}/v1", api_key="none")',
                 f"logs       {self._layout.logs_dir}",
                 "stop       Ctrl-C",
             ],
         )
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _ours(error: Exception) -> AgentRayError:
