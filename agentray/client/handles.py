@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
+import os
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -18,6 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 NAMESPACE = "agentray"
 DEFAULT_DATA_DIR = "~/.agentray"
 HOSTS_APP = "hosts"
+_LOOPBACK = ("127.", "localhost:", "[::1]")
 
 
 class Reply(Protocol[T_co]):
@@ -134,6 +138,19 @@ def _wait(response: Any, timeout_s: float) -> Any:
             raise
 
 
+def _prepare(address: str | None) -> None:
+    """Let a program that did not come from ``agentray up`` in, whether it imported Ray or not."""
+    if address is not None and address.startswith(_LOOPBACK):
+        # Else Ray takes 127.0.0.1 for an address of the network. It reads this at its import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        cast(Any, import_module("ray._private.ray_constants")).ENABLE_RAY_CLUSTER = False
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray uses this user's token by itself only where it starts a cluster.
+        setup: Any = import_module("ray._private.authentication.authentication_token_setup")
+        if setup.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+            setup._enable_token_auth()
+
+
 def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_DIR) -> Connection:
     """Connect to the agentray of this machine or cluster.
 
@@ -153,6 +170,7 @@ def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_D
         if address is None:
             state = read_state(data_dir)
             address = state.ray_address if state is not None else None
+        _prepare(address)
         try:
             untyped.init(
                 address=address or "auto",
@@ -160,12 +178,11 @@ def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_D
                 log_to_driver=False,
                 logging_level="warning",
             )
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
         except ConnectionError as error:
             raise NotReadyError(f"there is no Ray cluster at {address or 'auto'}") from error
     try:
         hosts = cast(Any, serve).get_app_handle(HOSTS_APP)
     except RayServeException as error:
-        raise NotReadyError(
-            "this cluster runs no agentray: start it with agentray up"
-        ) from error
+        raise NotReadyError("this cluster runs no agentray: start it with agentray up") from error
     return Connection(hosts)
