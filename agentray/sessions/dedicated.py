@@ -60,7 +60,7 @@ class DedicatedSession:
                     simulator_url=self._simulator_url,
                     placement="dedicated",
                     address=(
-                        f"{ray.util.get_node_ip_address()}/"
+                        f"{cast(Any, ray).util.get_node_ip_address()}/"
                         f"{actor_name(self._tenant, self._id)}/{os.getpid()}"
                     ),
                     launch_dedicated=None,
@@ -133,7 +133,7 @@ class DedicatedSession:
         log.info("dedicated_session_left", session=self._id)
         # Not exit_actor: this is no actor call. Without restart, or Ray would bring it back.
         own = cast(Any, ray.get_runtime_context()).current_actor
-        await asyncio.to_thread(ray.kill, own, no_restart=True)
+        await asyncio.to_thread(cast(Any, ray).kill, own, no_restart=True)
 
 
 class _Call:

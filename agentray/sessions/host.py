@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -39,12 +39,13 @@ class SessionHost:
     ) -> None:
         configure_logging(settings.log)
         context = serve.get_replica_context()
+        node_ip: str = cast(Any, ray).util.get_node_ip_address()
         self._is_draining = is_draining
         self._process = OwnerProcess(
             settings,
             simulator_url=simulator_url,
             placement="shared",
-            address=f"{ray.util.get_node_ip_address()}/{context.replica_tag}/{os.getpid()}",
+            address=f"{node_ip}/{context.replica_tag}/{os.getpid()}",
             launch_dedicated=launcher(settings, simulator_url),
             hint=context.replica_tag,
         )

@@ -75,7 +75,8 @@ class TurnSummary:
     def info(self, session_id: str) -> TurnInfo:
         """Return the turn, of which all events were added."""
         accepted, finished = self.accepted, self.finished
-        assert accepted is not None and finished is not None
+        assert accepted is not None
+        assert finished is not None
         return TurnInfo(
             id=self.turn_id,
             session_id=session_id,

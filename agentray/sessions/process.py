@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import cast
 
 import msgspec
 
@@ -212,7 +213,9 @@ class OwnerProcess:
         self.metrics.cache_failures.set(self.redis.failures)
 
     async def _listen(self) -> None:
-        async with contextlib.aclosing(self.redis.listen(self.ownership.owner_id)) as messages:
+        async with contextlib.aclosing(
+            cast("AsyncGenerator[bytes]", self.redis.listen(self.ownership.owner_id))
+        ) as messages:
             async for body in messages:
                 try:
                     await self._receive(_messages.decode(body))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -30,6 +30,7 @@ _PASSIVATION_BATCH = 200
 _PAGE = 1_000
 
 Key = tuple[str, str]
+_First = Callable[[], Awaitable[tuple[Command, ...]]]
 
 
 class Residents:
@@ -214,7 +215,7 @@ class Residents:
         self._start(actor, born)
         return await asyncio.shield(accepted)
 
-    def _resumed(self, actor: SessionActor, cancel: bool) -> Callable[[], object]:
+    def _resumed(self, actor: SessionActor, cancel: bool) -> _First:
         return lambda: self._runtime.run_resumed(actor, cancel_requested=cancel)
 
     def _queue(self, actor: SessionActor, turns: Sequence[TurnRow]) -> bool:
@@ -228,16 +229,16 @@ class Residents:
                 actor.mailbox.append(row)
         return bool(actor.mailbox)
 
-    def _start(self, actor: SessionActor, first: Callable[[], object] | None) -> None:
+    def _start(self, actor: SessionActor, first: _First | None) -> None:
         self.running += 1
         actor.task = asyncio.get_running_loop().create_task(self._run(actor, first))
 
-    async def _run(self, actor: SessionActor, first: Callable[[], object] | None) -> None:
+    async def _run(self, actor: SessionActor, first: _First | None) -> None:
         began = self._clock.monotonic()
         try:
             self._go_live(actor)
             if first is not None:
-                commands: tuple[Command, ...] = await first()  # type: ignore[misc]
+                commands = await first()
                 await self._runtime.carry_out(actor, commands)
                 self._metrics.turn_seconds.observe(self._clock.monotonic() - began)
             while actor.mailbox and not self.draining:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
@@ -23,7 +23,7 @@ class OwnerRouter(ConsistentHashRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Connect to Redis at ``redis_url``."""
-        super().initialize_state()
+        super().initialize_state()  # pyright: ignore[reportUnknownMemberType]
         self._hints = RedisStore(
             kwargs["redis_url"],
             RedisSettings(timeout_s=kwargs["timeout_s"]),  # type: ignore[call-arg]
@@ -38,12 +38,12 @@ class OwnerRouter(ConsistentHashRouter):
         if not candidate_replicas:
             return []
         ranks = [candidate_replicas]
-        session = pending_request.metadata.session_id if pending_request is not None else ""
-        if session:
+        session = "" if pending_request is None else pending_request.metadata.session_id
+        if pending_request is not None and session:
             pending_request.routing_context.should_backoff = True
             tenant, _, session_id = session.partition("/")
             hint = await self._hints.owner_hint(tenant, session_id)
-            owner = [r for r in candidate_replicas if cast(Any, r).replica_id.unique_id == hint]
+            owner = [r for r in candidate_replicas if r.replica_id.unique_id == hint]
             if owner:
                 ranks.insert(0, owner)
         return ranks

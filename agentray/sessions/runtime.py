@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from agentray.sessions.state import (
     Command,
     EndTurn,
     RecoverModel,
+    RunModel,
     SettleUnknown,
     Turn,
     after_model_error,
@@ -110,7 +111,7 @@ class SessionRuntime:
             OwnershipLostError: the session is another's.
         """
         before = actor.state
-        self._accept(actor, birth.turn_id, list(input), options)
+        commands = self._accept(actor, birth.turn_id, list(input), options)
         append, events = actor.take_append(born=birth)
         result = await self._journal.append(append)
         if result.outcome == "duplicate":
@@ -118,19 +119,19 @@ class SessionRuntime:
             raise TurnDuplicate
         actor.latest_turn = birth.turn_id
         self._landed(actor, events)
-        return (_CallBegun(),)
+        return commands
 
     async def run_accepted(self, actor: SessionActor, row: TurnRow) -> tuple[Command, ...]:
         """Begin to run a turn that was accepted before."""
-        input = _inputs.decode(row.input or b"[]")
+        messages = _inputs.decode(row.input or b"[]")
         options = _options.decode(row.options)
         if row.cancel_requested:
-            actor.record(self._accepted_event(actor, row.id, input, options))
+            actor.record(self._accepted_event(actor, row.id, messages, options))
             await self._flush(actor, started=row.id)
-            return (EndTurn("cancelled"),)
-        self._accept(actor, row.id, input, options)
+            return self._cancelled()
+        commands = self._accept(actor, row.id, messages, options)
         await self._flush(actor, started=row.id)
-        return (_CallBegun(),)
+        return commands
 
     async def run_resumed(
         self, actor: SessionActor, *, cancel_requested: bool
@@ -151,16 +152,18 @@ class SessionRuntime:
         self._metrics.takeovers.inc()
         await self._flush(actor)
         if cancel_requested:
-            return await self._cancelled(actor)
+            return self._cancelled()
         return resume(_running(actor), actor.rules, self._tools.on_crash)
 
     def _accept(
         self, actor: SessionActor, turn_id: str, input: list[Message], options: TurnOptions
-    ) -> None:
-        event = self._accepted_event(actor, turn_id, input, options)
-        for command in actor.record(event):
-            # The first call is journaled with the acceptance: one append less a turn.
-            self._record_call(actor, cast(CallModel, command))
+    ) -> tuple[Command, ...]:
+        commands = actor.record(self._accepted_event(actor, turn_id, input, options))
+        for command in commands:
+            if isinstance(command, CallModel):
+                # The first call is journaled with the acceptance: one append less a turn.
+                commands = self._record_call(actor, command)
+        return commands
 
     def _accepted_event(
         self, actor: SessionActor, turn_id: str, input: list[Message], options: TurnOptions
@@ -194,17 +197,16 @@ class SessionRuntime:
                 await self._end(actor, command)
                 return ()
             if isinstance(command, CallModel):
-                self._record_call(actor, command)
+                following = self._record_call(actor, command)
                 await self._flush(actor)
-                following = await self._call_model(actor)
-            elif isinstance(command, _CallBegun):
+            elif isinstance(command, RunModel):
                 following = await self._call_model(actor)
             elif isinstance(command, RecoverModel):
                 following = await self._recover_model(actor, command)
             elif isinstance(command, SettleUnknown):
                 following = await self._settle(actor, command.call, "unknown", UNKNOWN_OUTCOME)
             else:
-                following = await self._call_tools(actor, cast(CallTools, command))
+                following = await self._call_tools(actor, command)
         return following
 
     async def _end(self, actor: SessionActor, end: EndTurn) -> None:
@@ -219,7 +221,7 @@ class SessionRuntime:
         copy = HotCopy(state.seq, state.turns, state.window)
         self._hot.save(actor.tenant, actor.id, epoch=actor.epoch, copy=copy, newest=1)
 
-    async def _cancelled(self, actor: SessionActor) -> tuple[Command, ...]:
+    def _cancelled(self) -> tuple[Command, ...]:
         return (EndTurn("cancelled", TurnError("cancelled", "the turn was cancelled")),)
 
     # Model calls
@@ -227,8 +229,8 @@ class SessionRuntime:
     def _model_of(self, turn: Turn) -> str:
         return turn.options.model or self._agents.get(turn.agent).model or self._default_model
 
-    def _record_call(self, actor: SessionActor, command: CallModel) -> None:
-        actor.record(
+    def _record_call(self, actor: SessionActor, command: CallModel) -> tuple[Command, ...]:
+        return actor.record(
             ModelCalled(
                 **self._stamp(actor),
                 step=command.step,
@@ -257,10 +259,9 @@ class SessionRuntime:
         )
 
     async def _call_model(self, actor: SessionActor) -> tuple[Command, ...]:
-        """Run the call that the journal has, and journal how it ended."""
         turn, hub = _running(actor), actor.hub
         if actor.cancel_requested:
-            return await self._cancelled(actor)
+            return self._cancelled()
         assert hub is not None
         final: ModelProgress | None = None
         called_seq = hub.called_seq
@@ -268,10 +269,8 @@ class SessionRuntime:
         error: ModelError | None = None
         try:
             with _interruptible(actor):
-                stream = cast(
-                    "AsyncIterator[ModelProgress]", self._models.stream(self._request(actor, turn))
-                )
-                async with aclosing(cast(Any, stream)):
+                stream = self._models.stream(self._request(actor, turn))
+                async with aclosing(cast("AsyncGenerator[ModelProgress]", stream)):
                     async for progress in stream:
                         if hub.called_seq != called_seq:
                             break
@@ -287,20 +286,21 @@ class SessionRuntime:
             self._tails.end(actor.tenant, actor.id)
         text = turn.text + hub.text
         if final is not None:
-            return await self._model_finished(actor, turn, text, final)
+            return self._model_finished(actor, turn, text, final)
         if actor.cancel_requested:
             if text:
                 self._void(actor, turn, "cancelled", text, continues=False)
                 await self._flush(actor)
-            return await self._cancelled(actor)
+            return self._cancelled()
         if error is None:
             error = ModelError("the call ended without an answer")
         return await self._model_lost(actor, turn, text, error)
 
-    async def _model_finished(
+    def _model_finished(
         self, actor: SessionActor, turn: Turn, text: str, final: ModelProgress
     ) -> tuple[Command, ...]:
-        commands = actor.record(
+        # What follows at once (the turn's end, or the tools' calls) goes out in the same append.
+        return actor.record(
             ModelFinished(
                 **self._stamp(actor),
                 step=turn.step,
@@ -311,8 +311,6 @@ class SessionRuntime:
                 usage=final.usage,
             )
         )
-        # What follows at once (the turn's end, or the tools' calls) goes out in the same append.
-        return commands
 
     async def _model_lost(
         self, actor: SessionActor, turn: Turn, text: str, error: ModelError
@@ -334,7 +332,7 @@ class SessionRuntime:
             with _interruptible(actor):
                 await asyncio.sleep(min(max(retry_after_s, 0.1 * 2**turn.failures), 30.0))
             if actor.cancel_requested:
-                return await self._cancelled(actor)
+                return self._cancelled()
         return commands
 
     def _void(
@@ -359,8 +357,7 @@ class SessionRuntime:
         tail = await self._wire.read_tail(tail_key(actor.tenant, actor.id, command.called_seq))
         text = turn.text + (tail or b"").decode()
         continues = bool(text) and self._continues_text(self._model_of(turn))
-        commands = self._void(actor, turn, OWNER_LOST, text, continues=continues)
-        return commands
+        return self._void(actor, turn, OWNER_LOST, text, continues=continues)
 
     # Tool calls
 
@@ -391,7 +388,7 @@ class SessionRuntime:
         finally:
             for task in tasks:
                 task.cancel()
-        return await self._cancelled(actor) if actor.cancel_requested else following
+        return self._cancelled() if actor.cancel_requested else following
 
     async def _settle(
         self, actor: SessionActor, call: ToolCall, status: Any, output: str
@@ -422,7 +419,7 @@ class SessionRuntime:
                 return call, "ok", await spec.run(arguments, key)
         except TimeoutError:
             return call, "error", f"The tool took longer than {spec.timeout_s:g} s."
-        except Exception as error:  # the tool's own failure is a result for the model
+        except Exception as error:  # noqa: BLE001 - its own failure is a result for the model
             log.info("tool_failed", tool=call.name, error=type(error).__name__)
             return call, "error", f"{type(error).__name__}: {error}"
 
@@ -462,10 +459,6 @@ class SessionRuntime:
             self._tails.send(hub.followers, message)
 
 
-class _CallBegun(msgspec.Struct, frozen=True):
-    """Run the call whose ``model.called`` is in the journal already."""
-
-
 def _running(actor: SessionActor) -> Turn:
     turn = actor.state.turn
     if turn is None:
@@ -474,7 +467,7 @@ def _running(actor: SessionActor) -> Turn:
 
 
 @contextmanager
-def _interruptible(actor: SessionActor) -> Any:
+def _interruptible(actor: SessionActor) -> Generator[None]:
     """Let ``actor.cancel`` end what is awaited inside, and nothing outside."""
     task = cast("asyncio.Task[None]", asyncio.current_task())
     actor.interruptible = task

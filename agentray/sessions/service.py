@@ -263,7 +263,7 @@ class SessionService:
         return not (actor.busy or actor.mailbox or expired or outdated or actor.dropped)
 
     async def _accept(self, acceptance: Acceptance) -> TurnInfo:
-        tenant, session_id = key = (acceptance.tenant, acceptance.session_id)
+        session_id = acceptance.session_id
         accepted = await self._store.accept(acceptance)
         if accepted.outcome == "gone":
             raise _not_found(session_id)
@@ -286,7 +286,7 @@ class SessionService:
         assert accepted.turn is not None
         if accepted.outcome == "duplicate":
             return self._duplicate(session_id, accepted.turn, acceptance.request_hash, None)
-        await self._wake(key, accepted)
+        await self._wake((acceptance.tenant, session_id), accepted)
         return turn_info(session_id, accepted.turn, None)
 
     async def _wake(self, key: Key, accepted: Accepted) -> None:

@@ -4,10 +4,10 @@ A session is a fold over the events of its journal. ``advance`` takes one event 
 to be done because of it; ``resume`` says what a new owner has to do with what it found. Only
 ``runtime.py`` carries commands out, and each ends in further events::
 
-    turn.accepted ─▶ CallModel ─▶ model.called … model.finished ─▶ EndTurn ─▶ turn.finished
-                        ▲  ▲               │            │
-                        │  └─ model.voided ┘            └▶ CallTools ─▶ tool.called … tool.finished
-                        └─────────────────────────────────────────────────────────────┘
+    turn.accepted ─▶ CallModel ─▶ model.called ─▶ RunModel … model.finished ─▶ EndTurn
+                        ▲  ▲                         │            │               │
+                        │  └────── model.voided ─────┘            │         turn.finished
+                        └─ tool.finished … tool.called ◀─ CallTools
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ __all__ = [
     "Phase",
     "RecoverModel",
     "Rules",
+    "RunModel",
     "SessionState",
     "SettleUnknown",
     "ToolState",
@@ -122,11 +123,15 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class CallModel(msgspec.Struct, frozen=True):
-    """Journal ``model.called`` and call; ``continued_from`` characters are there already."""
+    """Journal ``model.called``; ``continued_from`` characters of its text are there already."""
 
     step: int
     attempt: int
     continued_from: int = 0
+
+
+class RunModel(msgspec.Struct, frozen=True):
+    """Run the call that the journal has, and journal how it ended."""
 
 
 class RecoverModel(msgspec.Struct, frozen=True):
@@ -156,7 +161,7 @@ class EndTurn(msgspec.Struct, frozen=True):
     error: TurnError | None = None
 
 
-Command = CallModel | RecoverModel | CallTools | SettleUnknown | EndTurn
+Command = CallModel | RunModel | RecoverModel | CallTools | SettleUnknown | EndTurn
 
 
 class SessionState(msgspec.Struct, frozen=True):
@@ -169,6 +174,7 @@ class SessionState(msgspec.Struct, frozen=True):
 
 
 _NOTHING: tuple[Command, ...] = ()
+_RUN: tuple[Command, ...] = (RunModel(),)
 
 
 def advance(
@@ -207,12 +213,12 @@ def _past(turn: Turn) -> bytes:
 
 
 def _model_called(turn: Turn, event: ModelCalled, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
-    if turn.phase not in ("accepted", "model") or event.step != turn.step:
-        raise JournalCorruptError(f"model called in phase {turn.phase}, step {turn.step}")
-    return (
-        replace(turn, phase="model", attempt=event.attempt, called_seq=event.seq),
-        _NOTHING,
-    )
+    if turn.phase != "accepted" or (event.step, event.attempt) != (turn.step, turn.attempt + 1):
+        raise JournalCorruptError(
+            f"step {event.step} attempt {event.attempt} begins in phase {turn.phase}, "
+            f"step {turn.step} attempt {turn.attempt}"
+        )
+    return replace(turn, phase="model", attempt=event.attempt, called_seq=event.seq), _RUN
 
 
 def _model_voided(turn: Turn, event: ModelVoided, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:

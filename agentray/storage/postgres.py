@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -38,11 +38,13 @@ def _unavailable(error: Exception) -> StorageUnavailableError:
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def _translated() -> AsyncGenerator[None]:
     try:
         yield
     except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
         raise _unavailable(error) from error
+    except TimeoutError as error:
+        raise StorageUnavailableError("PostgreSQL did not answer in time") from error
     except psycopg.Error as error:
         raise StorageError(f"PostgreSQL refused a statement: {error}") from error
 
@@ -138,7 +140,7 @@ class PostgresStore:
         async with _translated(), asyncio.timeout(self._settings.statement_timeout_s):
             try:
                 async with self._pool.connection() as connection:
-                    cursor = await connection.execute(statement, params)
+                    cursor = await connection.execute(statement.encode(), params)
                     return await cursor.fetchall() if cursor.description else []
             except psycopg.OperationalError:
                 # A server that restarted leaves dead connections in the pool: weed them out.
@@ -254,14 +256,8 @@ class PostgresStore:
             row = await cursor.fetchone()
             if row is None:
                 return None
-            for table, column in (("events", "session_id"), ("turns", "session_id")):
-                await connection.execute(
-                    f"DELETE FROM {table} WHERE tenant = %s AND {column} = %s",
-                    [tenant, session_id],
-                )
-            await connection.execute(
-                "DELETE FROM sessions WHERE tenant = %s AND id = %s", [tenant, session_id]
-            )
+            for statement in sql.DELETE_SESSION:
+                await connection.execute(statement, [tenant, session_id])
             return _session_row(row)
 
     async def fork_session(
@@ -277,11 +273,11 @@ class PostgresStore:
 
     async def accept(self, acceptance: Acceptance) -> Accepted:
         a = acceptance
-        input, options = a.input.decode(), a.options.decode()
+        facts: list[Any] = [a.input.decode(), a.options.decode(), a.if_busy, a.after_turn]
+        facts += [a.max_queued, self._term_s]
         [row] = await self._rows(
             sql.ACCEPT,
-            [a.tenant, a.session_id, a.turn_id, a.idempotency_key, a.request_hash]
-            + [input, options, a.if_busy, a.after_turn, a.max_queued, self._term_s],
+            [a.tenant, a.session_id, a.turn_id, a.idempotency_key, a.request_hash, *facts],
         )
         turn: TurnRow | None = None
         if row["outcome"] == "accepted":

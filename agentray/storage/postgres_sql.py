@@ -9,6 +9,7 @@ __all__ = [
     "APPEND",
     "CLAIM",
     "CREATE_SESSION",
+    "DELETE_SESSION",
     "FORK_SESSION",
     "INBOX",
     "ORPHANS",
@@ -129,6 +130,12 @@ INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, e
 VALUES (%s, %s, %s, %s, %s, %s, %s, now() + make_interval(secs => %s), %s, %s)
 ON CONFLICT DO NOTHING RETURNING 1 AS one
 """
+
+DELETE_SESSION = (
+    "DELETE FROM events WHERE tenant = %s AND session_id = %s",
+    "DELETE FROM turns WHERE tenant = %s AND session_id = %s",
+    "DELETE FROM sessions WHERE tenant = %s AND id = %s",
+)
 
 FORK_SESSION = (
     "SELECT 1 FROM sessions WHERE tenant = %(tenant)s AND id = %(old)s FOR SHARE",

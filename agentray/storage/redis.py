@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -71,14 +71,14 @@ class RedisStore:
         self._settings = settings
         self._window_turns = window_turns
         self._clock = clock
-        self._redis = Redis.from_url(
+        self._redis: Any = cast(Any, Redis).from_url(
             url,
             socket_timeout=settings.timeout_s,
             socket_connect_timeout=settings.timeout_s,
             protocol=3,
         )
         # A subscription waits for as long as nobody says anything.
-        self._subscriber = Redis.from_url(
+        self._subscriber: Any = cast(Any, Redis).from_url(
             url, socket_timeout=None, socket_connect_timeout=settings.timeout_s, protocol=3
         )
         self._retry_at = 0.0
@@ -102,7 +102,7 @@ class RedisStore:
     async def ping(self) -> bool:
         """Return whether the server answers."""
         try:
-            await cast(Awaitable[Any], self._redis.ping())
+            await self._redis.ping()
         except _FAILURES:
             self._failed()
             return False
@@ -125,7 +125,7 @@ class RedisStore:
             pipe = self._redis.pipeline(transaction=True)
             pipe.hmget(meta_key, ["seq", "turns"])
             pipe.lrange(list_key, 0, -1)
-            (seq, turns), window = cast(Any, await pipe.execute())
+            (seq, turns), window = await pipe.execute()
         except _FAILURES:
             self._failed()
             return None
@@ -164,7 +164,7 @@ class RedisStore:
 
     async def _save_batch(self, batch: dict[tuple[str, str], _Save | None]) -> None:
         if not self._save_sha:
-            self._save_sha = await cast(Awaitable[str], self._redis.script_load(_SAVE))
+            self._save_sha = await self._redis.script_load(_SAVE)
         pipe = self._redis.pipeline(transaction=False)
         for (tenant, session_id), save in batch.items():
             meta_key, list_key = _keys(tenant, session_id)
@@ -180,9 +180,9 @@ class RedisStore:
                 list_key,
                 *(save.epoch, save.copy.seq, save.copy.turns),
                 *(int(self._settings.hot_ttl_s * 1000), save.follows, self._window_turns),
-                *cast(tuple[Any, ...], entries),
+                *entries,
             )
-        results = cast(list[Any], await pipe.execute(raise_on_error=False))
+        results: list[Any] = await pipe.execute(raise_on_error=False)
         for (key, save), result in zip(batch.items(), results, strict=True):
             if save is None:
                 continue
@@ -208,7 +208,7 @@ class RedisStore:
         try:
             pipe = self._redis.pipeline(transaction=False)
             for key, offset, text in tails:
-                pipe.setrange(f"ar:tail:{key}", offset, cast(Any, text))
+                pipe.setrange(f"ar:tail:{key}", offset, text)
                 if offset == 0:
                     pipe.expire(f"ar:tail:{key}", _TAIL_TTL_S)
             await pipe.execute()
@@ -219,7 +219,7 @@ class RedisStore:
 
     async def read_tail(self, key: str) -> bytes | None:
         try:
-            text = cast("bytes | None", await self._redis.get(f"ar:tail:{key}"))
+            text: bytes | None = await self._redis.get(f"ar:tail:{key}")
         except _FAILURES:
             self._failed()
             return None
@@ -243,7 +243,7 @@ class RedisStore:
             try:
                 await pubsub.subscribe(f"ar:owner:{owner}")
                 async for message in pubsub.listen():
-                    yield cast(bytes, message["data"])
+                    yield message["data"]
             except _FAILURES:
                 self._failed()
                 await asyncio.sleep(_RETRY_PAUSE_S)
@@ -262,7 +262,7 @@ class RedisStore:
         if not self.available:
             return None
         try:
-            value = cast("bytes | None", await self._redis.get(f"ar:own:{tenant}/{session_id}"))
+            value: bytes | None = await self._redis.get(f"ar:own:{tenant}/{session_id}")
         except _FAILURES:
             self._failed()
             return None
@@ -275,7 +275,7 @@ class RedisStore:
         if not self.available:
             return
         try:
-            await self._redis.set(f"ar:metrics:{host}", cast(Any, page), px=int(ttl_s * 1000))
+            await self._redis.set(f"ar:metrics:{host}", page, px=int(ttl_s * 1000))
         except _FAILURES:
             self._failed()
 
@@ -284,13 +284,15 @@ class RedisStore:
         if not self.available:
             return {}
         try:
-            names = [name async for name in self._redis.scan_iter("ar:metrics:*", count=1_000)]
-            pages = cast(list[Any], await self._redis.mget(names)) if names else []
+            names: list[bytes] = [
+                name async for name in self._redis.scan_iter("ar:metrics:*", count=1_000)
+            ]
+            pages: list[bytes | None] = await self._redis.mget(names) if names else []
         except _FAILURES:
             self._failed()
             return {}
         return {
-            bytes(name).decode().rsplit(":", 1)[1]: page
+            name.decode().rsplit(":", 1)[1]: page
             for name, page in zip(names, pages, strict=True)
             if page is not None
         }
