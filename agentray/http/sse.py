@@ -157,14 +157,14 @@ class EventStream:
     async def write(self, frames: bytes, *, last: bool = False) -> None:
         """Send frames; returns when there is room for more."""
         exchange = self._exchange
-        self.writing_since = self._loop.time()
+        self.writing_since = now = self._loop.time()
         if not exchange.started:
             exchange.started = True
             headers = [*_HEADERS, *self._headers]
             await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
         await exchange.send({"type": "http.response.body", "body": frames, "more_body": not last})
         self.writing_since = None
-        self.idle_since = self._loop.time()
+        self.idle_since = now
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
