@@ -108,7 +108,8 @@ class SessionActor:
         turn = self.state.turn
         if turn is None or turn.id != turn_id:
             return False
-        self.cancel_requested = True
-        if self.interruptible is not None:
-            self.interruptible.cancel()
+        if not self.cancel_requested:
+            self.cancel_requested = True
+            if self.interruptible is not None:
+                self.interruptible.cancel()
         return True

@@ -6,6 +6,7 @@ import msgspec
 
 from agentray.events import (
     Message,
+    ModelFailed,
     ModelFinished,
     ModelVoided,
     TurnAccepted,
@@ -65,7 +66,7 @@ class TurnSummary:
             return
         if isinstance(item, ModelFinished):
             self.text = item.text or self.text
-        elif isinstance(item, ModelVoided) and item.text:
+        elif isinstance(item, ModelVoided | ModelFailed) and item.text:
             self.text = item.text
         elif isinstance(item, TurnAccepted):
             self.accepted = item

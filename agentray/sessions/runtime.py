@@ -33,6 +33,7 @@ from agentray.models.base import ModelCaller, ModelProgress, ModelRequest
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.journal import Journal
 from agentray.sessions.state import (
+    CANCELLED,
     OWNER_LOST,
     CallModel,
     CallTools,
@@ -128,7 +129,7 @@ class SessionRuntime:
         if row.cancel_requested:
             actor.record(self._accepted_event(actor, row.id, messages, options))
             await self._flush(actor, started=row.id)
-            return self._cancelled()
+            return (CANCELLED,)
         commands = self._accept(actor, row.id, messages, options)
         await self._flush(actor, started=row.id)
         return commands
@@ -151,9 +152,9 @@ class SessionRuntime:
         actor.record(resumed)
         self._metrics.takeovers.inc()
         await self._flush(actor)
-        if cancel_requested:
-            return self._cancelled()
-        return resume(_running(actor), actor.rules, self._tools.on_crash)
+        return resume(
+            _running(actor), actor.rules, self._tools.on_crash, cancelled=cancel_requested
+        )
 
     def _accept(
         self, actor: SessionActor, turn_id: str, input: list[Message], options: TurnOptions
@@ -221,13 +222,16 @@ class SessionRuntime:
         copy = HotCopy(state.seq, state.turns, state.window)
         self._hot.save(actor.tenant, actor.id, epoch=actor.epoch, copy=copy, newest=1)
 
-    def _cancelled(self) -> tuple[Command, ...]:
-        return (EndTurn("cancelled", TurnError("cancelled", "the turn was cancelled")),)
-
     # Model calls
 
     def _model_of(self, turn: Turn) -> str:
         return turn.options.model or self._agents.get(turn.agent).model or self._default_model
+
+    def _may_continue(self, turn: Turn) -> bool:
+        try:
+            return self._continues_text(self._model_of(turn))
+        except ModelError:  # no longer in the catalog: the call to come says so
+            return False
 
     def _record_call(self, actor: SessionActor, command: CallModel) -> tuple[Command, ...]:
         return actor.record(
@@ -261,7 +265,7 @@ class SessionRuntime:
     async def _call_model(self, actor: SessionActor) -> tuple[Command, ...]:
         turn, hub = _running(actor), actor.hub
         if actor.cancel_requested:
-            return self._cancelled()
+            return (CANCELLED,)
         assert hub is not None
         final: ModelProgress | None = None
         called_seq = hub.called_seq
@@ -291,7 +295,7 @@ class SessionRuntime:
             if text:
                 self._void(actor, turn, "cancelled", text, continues=False)
                 await self._flush(actor)
-            return self._cancelled()
+            return (CANCELLED,)
         if error is None:
             error = ModelError("the call ended without an answer")
         return await self._model_lost(actor, turn, text, error)
@@ -307,7 +311,7 @@ class SessionRuntime:
                 attempt=turn.attempt,
                 text=text,
                 finish_reason=final.finish_reason or "stop",
-                tool_calls=list(final.tool_calls),
+                tool_calls=_distinct(final.tool_calls),
                 usage=final.usage,
             )
         )
@@ -320,7 +324,7 @@ class SessionRuntime:
             retryable=error.retryable,
             error=TurnError(error.code, error.message),
             text=text,
-            continues=self._continues_text(self._model_of(turn)),
+            continues=error.retryable and bool(text) and self._may_continue(turn),
             rules=actor.rules,
         )
         log.info("model_call_lost", session=actor.id, turn=turn.id, code=error.code)
@@ -329,10 +333,11 @@ class SessionRuntime:
         if isinstance(event, ModelVoided):
             await self._flush(actor)
             retry_after_s = float(error.fields.get("retry_after_s") or 0.0)
-            with _interruptible(actor):
-                await asyncio.sleep(min(max(retry_after_s, 0.1 * 2**turn.failures), 30.0))
+            if not actor.cancel_requested:
+                with _interruptible(actor):
+                    await asyncio.sleep(min(max(retry_after_s, 0.1 * 2**turn.failures), 30.0))
             if actor.cancel_requested:
-                return self._cancelled()
+                return (CANCELLED,)
         return commands
 
     def _void(
@@ -356,7 +361,7 @@ class SessionRuntime:
         turn = _running(actor)
         tail = await self._wire.read_tail(tail_key(actor.tenant, actor.id, command.called_seq))
         text = turn.text + (tail or b"").decode()
-        continues = bool(text) and self._continues_text(self._model_of(turn))
+        continues = bool(text) and self._may_continue(turn)
         return self._void(actor, turn, OWNER_LOST, text, continues=continues)
 
     # Tool calls
@@ -375,7 +380,12 @@ class SessionRuntime:
         # Durable before the first of them is dispatched: what may have begun is known.
         await self._flush(actor)
         following: tuple[Command, ...] = ()
-        tasks = [asyncio.ensure_future(self._run_tool(actor, call)) for call, _ in command.calls]
+        turn = _running(actor)
+        prefix = f"{actor.tenant}/{actor.id}/{turn.id}/{turn.step}"
+        tasks = [
+            asyncio.ensure_future(self._run_tool(actor, call, f"{prefix}/{call.call_id}"))
+            for call, _ in command.calls
+        ]
         try:
             waiting = set(tasks)
             while waiting and not actor.cancel_requested:
@@ -388,7 +398,7 @@ class SessionRuntime:
         finally:
             for task in tasks:
                 task.cancel()
-        return self._cancelled() if actor.cancel_requested else following
+        return (CANCELLED,) if actor.cancel_requested else following
 
     async def _settle(
         self, actor: SessionActor, call: ToolCall, status: Any, output: str
@@ -405,7 +415,9 @@ class SessionRuntime:
         await self._flush(actor)
         return commands
 
-    async def _run_tool(self, actor: SessionActor, call: ToolCall) -> tuple[ToolCall, str, str]:
+    async def _run_tool(
+        self, actor: SessionActor, call: ToolCall, key: str
+    ) -> tuple[ToolCall, str, str]:
         spec = self._tools.get(call.name)
         if spec is None or call.name not in self._agents.get(actor.agent).tools:
             return call, "error", f"There is no tool {call.name!r}."
@@ -413,14 +425,14 @@ class SessionRuntime:
             arguments = msgspec.json.decode(call.arguments or "{}", type=dict[str, Any])
         except msgspec.MsgspecError as error:
             return call, "error", f"The arguments are not a JSON object: {error}"
-        key = f"{actor.tenant}/{actor.id}/{call.call_id}"
+        deadline = asyncio.timeout(spec.timeout_s)
         try:
-            async with asyncio.timeout(spec.timeout_s):
+            async with deadline:
                 return call, "ok", await spec.run(arguments, key)
-        except TimeoutError:
-            return call, "error", f"The tool took longer than {spec.timeout_s:g} s."
         except Exception as error:  # noqa: BLE001 - its own failure is a result for the model
             log.info("tool_failed", tool=call.name, error=type(error).__name__)
+            if deadline.expired():
+                return call, "error", f"The tool took longer than {spec.timeout_s:g} s."
             return call, "error", f"{type(error).__name__}: {error}"
 
     # The journal
@@ -457,6 +469,18 @@ class SessionRuntime:
                 events=[msgspec.Raw(msgspec.json.encode(event)) for event in events],
             )
             self._tails.send(hub.followers, message)
+
+
+def _distinct(calls: Sequence[ToolCall]) -> list[ToolCall]:
+    """Return the calls with ids that differ: results are matched by them."""
+    known: dict[str, ToolCall] = {}
+    for call in calls:
+        call_id, again = call.call_id, 1
+        while call_id in known:
+            again += 1
+            call_id = f"{call.call_id}_{again}"
+        known[call_id] = call if again == 1 else replace(call, call_id=call_id)
+    return list(known.values())
 
 
 def _running(actor: SessionActor) -> Turn:

@@ -45,6 +45,7 @@ from agentray.memory.window import (
 )
 
 __all__ = [
+    "CANCELLED",
     "OWNER_LOST",
     "CallModel",
     "CallTools",
@@ -173,6 +174,11 @@ class SessionState(msgspec.Struct, frozen=True):
     turn: Turn | None = None
 
 
+CANCELLED = EndTurn("cancelled", TurnError("cancelled", "the turn was cancelled"))
+
+NOT_RUN = "The turn ended before this call was run."
+NOT_SETTLED = "The turn ended while this call ran. Whether it took effect is unknown."
+
 _NOTHING: tuple[Command, ...] = ()
 _RUN: tuple[Command, ...] = (RunModel(),)
 
@@ -208,8 +214,25 @@ def advance(
 
 
 def _past(turn: Turn) -> bytes:
-    """Return what stays of a turn: its settled steps, and an answer that was cut short."""
-    return join([*turn.messages, answer_fragment(turn.partial) if turn.partial else b""])
+    """Return what stays of a turn: its settled steps, and what of the last one was cut short."""
+    cut_short: list[bytes] = []
+    if turn.tools:
+        # A call without a result is no valid conversation, and what ran must not be forgotten.
+        results = [
+            tool.output if tool.settled else NOT_SETTLED if tool.attempt else NOT_RUN
+            for tool in turn.tools
+        ]
+        cut_short = [turn.calls_fragment, *_results(turn, results)]
+    elif turn.partial:
+        cut_short = [answer_fragment(turn.partial)]
+    return join([*turn.messages, *cut_short])
+
+
+def _results(turn: Turn, outputs: Iterable[str]) -> list[bytes]:
+    return [
+        tool_result_fragment(tool.call.call_id, output)
+        for tool, output in zip(turn.tools, outputs, strict=True)
+    ]
 
 
 def _model_called(turn: Turn, event: ModelCalled, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
@@ -284,7 +307,7 @@ def _tool_finished(
     turn = replace(turn, takeovers=0)
     if not all(tool.settled for tool in turn.tools):
         return turn, _NOTHING
-    results = [tool_result_fragment(tool.call.call_id, tool.output) for tool in turn.tools]
+    results = _results(turn, [tool.output for tool in turn.tools])
     turn = replace(
         turn,
         phase="accepted",
@@ -349,19 +372,29 @@ def fold(state: SessionState, events: Iterable[AnyEvent], rules: Rules) -> Sessi
 
 
 def resume(
-    turn: Turn, rules: Rules, on_crash: Callable[[str], Literal["retry", "report"]]
+    turn: Turn,
+    rules: Rules,
+    on_crash: Callable[[str], Literal["retry", "report"]],
+    *,
+    cancelled: bool = False,
 ) -> tuple[Command, ...]:
     """Return what a new owner has to do with a turn that it found, behind ``turn.resumed``.
 
-    A settled tool call is never run again; one that had begun is decided by ``on_crash``.
+    A settled tool call is never run again; one that had begun is decided by ``on_crash``. A turn
+    that was cancelled, or taken over too often, ends; what of an answer was shown is kept.
     """
-    if turn.takeovers > rules.recovery_attempts:
+    if turn.end is not None:
+        return (turn.end,)
+    ends: tuple[Command, ...] = ()
+    if cancelled:
+        ends = (CANCELLED,)
+    elif turn.takeovers > rules.recovery_attempts:
         message = f"no progress in {turn.takeovers} takeovers"
-        return (EndTurn("failed", TurnError("recovery_exhausted", message)),)
-    if turn.phase == "accepted":
-        return (CallModel(turn.step, turn.attempt + 1, len(turn.text)),)
+        ends = (EndTurn("failed", TurnError("recovery_exhausted", message)),)
     if turn.phase == "model":
-        return (RecoverModel(turn.step, turn.attempt, turn.called_seq),)
+        return (RecoverModel(turn.step, turn.attempt, turn.called_seq), *ends)
+    if ends:
+        return ends
     if turn.phase == "tools":
         pending = [tool for tool in turn.tools if not tool.settled]
         again = [t for t in pending if t.attempt == 0 or on_crash(t.call.name) == "retry"]
@@ -370,7 +403,7 @@ def resume(
         if again:
             commands.append(CallTools(tuple((t.call, t.attempt + 1) for t in again)))
         return tuple(commands)
-    return (turn.end or EndTurn("completed"),)
+    return (CallModel(turn.step, turn.attempt + 1, len(turn.text)),)
 
 
 def after_model_error(
