@@ -1,0 +1,95 @@
+"""Sessions on a real model server: ``agentray up --model tiny=URL`` in front of vLLM's own."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from openai import OpenAI
+
+from agentray.events import ModelFinished, ModelVoided, TurnResumed
+from tests.followed_turn import FollowedTurn
+from tests.system import System, kill, until
+
+URL = os.environ.get("AGENTRAY_VLLM_URL", "")
+
+pytestmark = pytest.mark.skipif(not URL, reason="make test-vllm starts the server that this needs")
+
+# The model never ends by itself, and says one character per token.
+TOKENS = 1_200
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    folder: Path = tmp_path_factory.mktemp("vllm")
+    agent = {"temperature": 0, "max_output_tokens": TOKENS, "tools": []}
+    settings = {
+        "models": {"endpoints": {"tiny": {"url": URL, "continues_text": True}}},
+        "agents": {"assistant": agent},
+    }
+    system = System(folder / "data", settings=settings, arguments=["--model", f"tiny={URL}"])
+    system.start()
+    yield system
+    system.stop()
+
+
+def events(system: System, session_id: str, kind: type[Any]) -> list[Any]:
+    """Return the events of a kind, of a journal that is sound."""
+    journal = system.assert_journal_sound(session_id)
+    return [event for event in journal.events if isinstance(event, kind)]
+
+
+def test_a_conversation_is_streamed_turn_by_turn(system: System) -> None:
+    client = OpenAI(base_url=f"{system.url}/v1", api_key="none")
+    conversation = client.conversations.create().id
+    said: list[str] = []
+    for number in range(3):
+        stream = client.responses.create(
+            model="assistant",
+            input=f"This is message {number}.",
+            conversation=conversation,
+            max_output_tokens=40,
+            stream=True,
+        )
+        items = list(stream)
+        deltas = [e.delta for e in items if e.type == "response.output_text.delta"]
+        last = items[-1]
+        assert last.type == "response.incomplete"  # it reached its limit of tokens
+        assert "".join(deltas) == last.response.output_text
+        assert last.response.usage is not None
+        assert last.response.usage.output_tokens == 40
+        said.append(last.response.output_text)
+    assert all(said)
+    # Each turn's prompt holds all that was said before.
+    prompts = [event.usage.input_tokens for event in events(system, conversation, ModelFinished)]
+    assert prompts == sorted(set(prompts))
+    assert len(prompts) == 3
+
+
+async def test_an_answer_survives_the_death_of_its_owner_letter_for_letter(system: System) -> None:
+    async with aiohttp.ClientSession() as http:
+        for session_id in ("whole", "killed"):
+            async with http.post(f"{system.url}/v1/sessions", json={"id": session_id}) as made:
+                assert made.status == 201, await made.text()
+        whole = await FollowedTurn(http, system.url, "whole", "Speak.").run()
+
+        turn = FollowedTurn(http, system.url, "killed", "Speak.")
+        running = asyncio.create_task(turn.run())
+        await until(lambda: turn.text_so_far > TOKENS // 10 or None, what="some text")
+        found = system.owner_of("killed")
+        assert found is not None
+        kill(found[0].pid)
+        await running
+
+    assert [event.phase for event in events(system, "killed", TurnResumed)] == ["streaming"]
+    [voided] = events(system, "killed", ModelVoided)
+    assert voided.continues
+    assert 0 < len(voided.text) < len(turn.text)
+    # The model is deterministic: continued, it says what it says uninterrupted. The limit of
+    # tokens holds for each call, so the continued text is longer.
+    assert len(whole.text) >= TOKENS // 2
+    assert turn.text.startswith(whole.text)
+    assert turn.status == whole.status == "incomplete"
