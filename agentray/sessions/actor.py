@@ -24,6 +24,7 @@ class SessionActor:
 
     __slots__ = (
         "agent",
+        "begun_ordinal",
         "cancel_requested",
         "dropped",
         "epoch",
@@ -57,6 +58,8 @@ class SessionActor:
         # The stream's live end, while a turn runs.
         self.hub: Hub | None = None
         self.mailbox: deque[TurnRow] | None = None
+        # Of the last turn taken from the mailbox: what is read late may still show it waiting.
+        self.begun_ordinal = 0
         self.recorded: list[AnyEvent] = []
         self.task: asyncio.Task[None] | None = None
         self.interruptible: asyncio.Task[None] | None = None
@@ -95,6 +98,7 @@ class SessionActor:
             session_id=self.id,
             epoch=self.epoch,
             first_seq=events[0].seq,
+            inbox=self.inbox if born else None,
             events=tuple([encode_event(event) for event in events]),
             born=born,
             started_turn=started,

@@ -161,6 +161,9 @@ class Following:
 
     def _leave(self, key: Key, hub: Hub) -> None:
         hub.readers -= 1
+        self._leave_unread(key, hub)
+
+    def _leave_unread(self, key: Key, hub: Hub) -> None:
         if not hub.wanted and not hub.live:
             if self._hubs.get(key) is hub:
                 del self._hubs[key]
@@ -175,7 +178,10 @@ class Following:
         """Note that a live owner was just told to send us what it does in a session."""
         hub = self._hubs.get(key)
         if hub is None:
-            self._hubs[key] = Hub(last_seq)
+            hub = self._hubs[key] = Hub(last_seq)
+            # A caller that does not follow its turn leaves nothing behind.
+            loop = asyncio.get_running_loop()
+            loop.call_later(_FOLLOWER_TTL_S, self._leave_unread, key, hub)
         self._followed[key] = (owner, self._clock.monotonic() + _RENEW_S)
 
     def _keep_mirror(self, key: Key, hub: Hub) -> None:
@@ -193,7 +199,8 @@ class Following:
             try:
                 row = await self._store.session(tenant, session_id)
                 if row is None:
-                    hub.base_seq += 1  # readers find that the session is gone
+                    # Behind every reader, so that they ask the journal and find nothing.
+                    hub.rebase(hub.last_seq + 1)
                     hub.notify()
                     return
                 owner = row.owner if row.owner_alive else None
@@ -237,7 +244,7 @@ class Following:
     def add_follower(self, hub: Hub, follower: str) -> None:
         """Note that another owner has readers of a session of ours."""
         now = self._clock.monotonic()
-        hub.followers = {f: until for f, until in hub.followers.items() if until > now}
+        hub.prune(now)
         hub.followers[follower] = now + _FOLLOWER_TTL_S
 
     async def close(self) -> None:

@@ -45,7 +45,9 @@ class Journal:
         self.available = True
 
     async def append(self, append: Append) -> AppendResult:
-        """Return ``landed`` or ``duplicate``. Cancelling the caller does not withdraw the append.
+        """Return ``landed``, ``duplicate`` or ``mail``.
+
+        Cancelling the caller does not withdraw the append.
 
         Raises:
             OwnershipLostError: the fence refused it, or the session was deleted.
@@ -56,7 +58,7 @@ class Journal:
         waiting = _Waiting(append, asyncio.get_running_loop().create_future())
         self._push(waiting)
         result = await asyncio.shield(waiting.done)
-        if result.outcome in ("landed", "duplicate"):
+        if result.outcome in ("landed", "duplicate", "mail"):
             return result
         raise OwnershipLostError(
             f"append {append.first_seq} of session {append.session_id} at epoch {append.epoch} "

@@ -63,6 +63,8 @@ class Ownership:
         await self._store.beat(self.owner_id, kind=self._kind, address=self._address)
         if not self.fresh() and self.verify is not None:
             log.warning("owner_slept_past_its_term", owner=self.owner_id)
+            # Others may have been held up by the same store or machine.
+            self._take_over_at = self._clock.monotonic() + self._settings.term_s
             await self.verify()
         # Only now: whoever waits in confirm must not go on with sessions that are another's.
         self._beat_at = asked_at

@@ -15,10 +15,18 @@ from agentray.events import AnyEvent, Message, TurnOptions, decode_event
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.base import Placement
 from agentray.sessions.ownership import Ownership
-from agentray.sessions.runtime import SessionRuntime, TurnDuplicate
-from agentray.sessions.state import Command, Rules, SessionState, fold
+from agentray.sessions.runtime import SessionRuntime, TurnNotBorn
+from agentray.sessions.state import Command, JournalCorruptError, Rules, SessionState, fold
 from agentray.sessions.stream import Hub
-from agentray.storage.base import Claim, DurableStore, HotCopy, HotStore, TurnBirth, TurnRow
+from agentray.storage.base import (
+    Claim,
+    DurableStore,
+    HotCopy,
+    HotStore,
+    SessionRow,
+    TurnBirth,
+    TurnRow,
+)
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 
@@ -63,6 +71,7 @@ class Residents:
         self._actors: OrderedDict[Key, SessionActor] = OrderedDict()
         self._activating: dict[Key, asyncio.Future[SessionActor | None]] = {}
         self._releasing: dict[Key, asyncio.Task[bool]] = {}
+        self._moving: set[asyncio.Future[None]] = set()
         self.running = 0
         self.draining = False
         self.on_claim: Callable[[Key], None] | None = None
@@ -128,8 +137,8 @@ class Residents:
         copy = await hot_copy
         if claim is None:
             return None
-        rules = self._rules(claim.row.agent)
         try:
+            rules = self._rules(claim.row.agent)
             state = await self._restore(claim, copy, rules)
         except (msgspec.MsgspecError, AgentRayError) as error:
             if isinstance(error, StorageError):
@@ -138,7 +147,7 @@ class Residents:
                 )
                 raise
             log.error("session_parked", session=session_id, error=str(error))
-            reason = f"its journal cannot be read: {error}"
+            reason = f"it cannot be brought back: {error}"
             await self._store.park(tenant, session_id, epoch=claim.row.epoch, reason=reason)
             raise SessionParkedError(
                 f"session {session_id} is parked: {reason}", session_id=session_id
@@ -161,20 +170,20 @@ class Residents:
 
     async def _restore(self, claim: Claim, copy: HotCopy | None, rules: Rules) -> SessionState:
         row = claim.row
-        if copy is not None and copy.seq <= row.last_seq:
+        if copy is not None and copy.seq <= row.last_seq and copy.epoch >= row.first_epoch:
             self._metrics.activations.labels("hot").inc()
             state = SessionState(copy.seq, copy.turns, copy.window[-rules.window_turns :])
             while state.seq < row.last_seq:
                 bodies = await self._store.events(
                     row.tenant, row.id, after=state.seq, limit=_PAGE, up_to=row.last_seq
                 )
-                state = fold(state, _decode(bodies), rules)
+                state = fold(state, _decode(bodies, row), rules)
             return state
         self._metrics.activations.labels("durable").inc()
         if row.last_seq == 0:
             return SessionState()
         events = _decode(
-            await self._store.recent_events(row.tenant, row.id, turns=rules.window_turns + 1)
+            await self._store.recent_events(row.tenant, row.id, turns=rules.window_turns + 1), row
         )
         begun = sum(event.__struct_config__.tag == "turn.accepted" for event in events)
         base = SessionState(seq=events[0].seq - 1, turns=row.turns - begun)
@@ -185,7 +194,8 @@ class Residents:
     async def begin(
         self, actor: SessionActor, birth: TurnBirth, input: Sequence[Message], options: TurnOptions
     ) -> bool:
-        """Accept a turn in an idle session and run it; False if its idempotency key exists.
+        """Accept a turn in an idle session and run it; False if that is for the store to decide:
+        its idempotency key exists, or others accepted turns that are not known here.
 
         Returns when the acceptance is durable. Cancelling the caller cancels nothing.
 
@@ -197,7 +207,7 @@ class Residents:
         async def born() -> tuple[Command, ...]:
             try:
                 commands = await self._runtime.run_born(actor, birth, input, options)
-            except TurnDuplicate:
+            except TurnNotBorn:
                 _settle(accepted, False)
                 return ()
             except BaseException as error:
@@ -223,10 +233,13 @@ class Residents:
         known = {row.id for row in actor.mailbox} if actor.mailbox else set[str]()
         current = actor.state.turn.id if actor.state.turn else None
         for row in turns:
-            if row.state == "accepted" and row.id not in known and row.id != current:
+            if row.state != "accepted" or row.id in known or row.id == current:
+                continue
+            if row.ordinal > actor.begun_ordinal:
                 if actor.mailbox is None:
                     actor.mailbox = deque()
                 actor.mailbox.append(row)
+                actor.latest_turn = row.id
         return bool(actor.mailbox)
 
     def _start(self, actor: SessionActor, first: _First | None) -> None:
@@ -243,6 +256,7 @@ class Residents:
                 self._metrics.turn_seconds.observe(self._clock.monotonic() - began)
             while actor.mailbox and not self.draining:
                 row = actor.mailbox.popleft()
+                actor.begun_ordinal = row.ordinal
                 began = self._clock.monotonic()
                 self._go_live(actor)
                 commands = await self._runtime.run_accepted(actor, row)
@@ -262,7 +276,8 @@ class Residents:
         finally:
             self.running -= 1
             actor.task = None
-            actor.used_at = self._clock.monotonic()
+            if not actor.dropped:
+                self.find(actor.key)
             self._after_run(actor)
 
     def _go_live(self, actor: SessionActor) -> None:
@@ -274,15 +289,24 @@ class Residents:
 
     def _after_run(self, actor: SessionActor) -> None:
         hub, actor.hub = actor.hub, None
-        if hub is not None:
+        resident = self._actors.get(actor.key)
+        if hub is not None and (resident is None or resident.hub is not hub):
             hub.live = False
+            hub.prune(self._clock.monotonic())
             if not hub.wanted and self._hubs.get(actor.key) is hub:
                 del self._hubs[actor.key]
         if actor.mailbox is not None and not actor.mailbox:
             actor.mailbox = None
         if actor.other_host is not None and not actor.dropped:
             # Two messages in a row came through another host: it may have the session.
-            asyncio.get_running_loop().create_task(self.release(actor))
+            self._moving.add(task := asyncio.ensure_future(self._move(actor)))
+            task.add_done_callback(self._moving.discard)
+
+    async def _move(self, actor: SessionActor) -> None:
+        try:
+            await self.release(actor)
+        except StorageError as error:
+            log.warning("release_failed", session=actor.id, error=str(error))
 
     async def _park(self, actor: SessionActor, reason: str) -> None:
         try:
@@ -292,11 +316,16 @@ class Residents:
 
     async def look_into_inbox(self, key: Key) -> None:
         """Take up what others accepted or cancelled in a session of ours."""
+        if (releasing := self._releasing.get(key)) is not None:
+            # It finds the mail itself, or the session is nobody's behind it.
+            await asyncio.shield(releasing)
         actor = self._actors.get(key)
-        if actor is None:
-            return
+        if actor is not None:
+            await self._take_mail(actor)
+
+    async def _take_mail(self, actor: SessionActor) -> None:
         found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
-        if actor.dropped or self._actors.get(key) is not actor:
+        if actor.dropped:
             return
         if found is None:
             self.lose(actor)
@@ -343,7 +372,7 @@ class Residents:
             actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
         )
         if outcome == "inbox":
-            await self.look_into_inbox(actor.key)
+            await self._take_mail(actor)
             return False
         self._metrics.passivations.inc()
         self.drop(actor)
@@ -356,7 +385,10 @@ class Residents:
             del self._actors[actor.key]
         if (hub := self._hubs.get(actor.key)) is not None:
             hub.local = False
+            hub.followers = {}
             hub.notify()
+            if not hub.wanted and not hub.live:
+                del self._hubs[actor.key]
         self._hot.forget(actor.tenant, actor.id)
 
     def lose(self, actor: SessionActor) -> None:
@@ -399,12 +431,18 @@ class Residents:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while self._actors:
+            store_away = False
             for actor in [actor for actor in self._actors.values() if not actor.busy]:
                 try:
-                    await self._give_up(actor)
+                    if store_away:
+                        self.drop(actor)
+                    else:
+                        await self._give_up(actor)
                 except StorageError as error:
+                    # One deadline is waited for, not one a session: others find the dead owner.
                     log.warning("drain_release_failed", session=actor.id, error=str(error))
                     self.drop(actor)
+                    store_away = True
             tasks = [actor.task for actor in self._actors.values() if actor.task is not None]
             left = deadline - loop.time()
             if not tasks or left <= 0:
@@ -430,7 +468,9 @@ class Residents:
             actor.inbox = found[0]
 
 
-def _decode(bodies: Sequence[bytes]) -> list[AnyEvent]:
+def _decode(bodies: Sequence[bytes], row: SessionRow) -> list[AnyEvent]:
+    if not bodies:  # or it was deleted by now, and parking it changes nothing
+        raise JournalCorruptError(f"events up to {row.last_seq} are missing", session_id=row.id)
     return [decode_event(body) for body in bodies]
 
 

@@ -52,7 +52,7 @@ from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.spec import Toolbox
 
-__all__ = ["SessionRuntime", "TurnDuplicate"]
+__all__ = ["SessionRuntime", "TurnNotBorn"]
 
 log = get_logger(__name__)
 
@@ -64,8 +64,8 @@ _inputs = msgspec.json.Decoder(list[Message])
 _options = msgspec.json.Decoder(TurnOptions)
 
 
-class TurnDuplicate(Exception):  # noqa: N818 - it is an outcome, not an error
-    """The turn to begin has an idempotency key that the session has seen."""
+class TurnNotBorn(Exception):  # noqa: N818 - it is an outcome, not an error
+    """The turn could not begin at once; the session is as it was."""
 
 
 class SessionRuntime:
@@ -108,16 +108,16 @@ class SessionRuntime:
         """Accept a turn and begin to run it with one append; return what is to be done next.
 
         Raises:
-            TurnDuplicate: the idempotency key exists; the actor is as it was.
+            TurnNotBorn: the idempotency key exists, or others accepted turns meanwhile.
             OwnershipLostError: the session is another's.
         """
         before = actor.state
         commands = self._accept(actor, birth.turn_id, list(input), options)
         append, events = actor.take_append(born=birth)
         result = await self._journal.append(append)
-        if result.outcome == "duplicate":
+        if result.outcome != "landed":
             actor.state = before
-            raise TurnDuplicate
+            raise TurnNotBorn
         actor.latest_turn = birth.turn_id
         self._landed(actor, events)
         return commands
@@ -219,8 +219,8 @@ class SessionRuntime:
         await self._flush(actor, ended=turn.id, ended_status=end.status)
         self._metrics.turns.labels(end.status).inc()
         state = actor.state
-        copy = HotCopy(state.seq, state.turns, state.window)
-        self._hot.save(actor.tenant, actor.id, epoch=actor.epoch, copy=copy, newest=1)
+        copy = HotCopy(actor.epoch, state.seq, state.turns, state.window)
+        self._hot.save(actor.tenant, actor.id, copy, newest=1)
 
     # Model calls
 
@@ -287,7 +287,7 @@ class SessionRuntime:
         except ModelError as caught:
             error = caught
         finally:
-            self._tails.end(actor.tenant, actor.id)
+            self._tails.end(actor.tenant, actor.id, called_seq)
         text = turn.text + hub.text
         if final is not None:
             return self._model_finished(actor, turn, text, final)

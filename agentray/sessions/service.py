@@ -221,31 +221,25 @@ class SessionService:
         encoded_input, encoded_options = _encode(input), _encode(options)
         request_hash = hashlib.blake2b(encoded_input + encoded_options, digest_size=16).hexdigest()
         key = (tenant, session_id)
-        actor = self._residents.find(key) or await self._residents.activate(key)
+        turn_id = new_turn_id()
+        actor = await self._residents.activate(key)
         if actor is not None and self._is_idle(actor, after_turn):
             if self._residents.running >= self._settings.max_running_turns:
                 raise BackpressureError("this host runs as many turns as it may", retry_after_s=1)
-            birth = TurnBirth(new_turn_id(), idempotency_key, request_hash, encoded_options)
+            birth = TurnBirth(turn_id, idempotency_key, request_hash, encoded_options)
             first_seq = actor.state.seq + 1
             try:
                 new = await self._residents.begin(actor, birth, input, options)
             except OwnershipLostError:
-                # Unless it landed unseen before another owner came: then it is accepted.
-                landed = await self._store.turn(tenant, session_id, birth.turn_id)
-                if landed is not None:
-                    return turn_info(session_id, landed, None)
-                new = None
+                # It may have landed all the same, or may yet land: the store knows it by its id.
+                new = False
             if new:
                 return _begun(actor, birth, input, options, self._clock.now(), first_seq)
-            if new is False:
-                known = await self._store.turn_by_key(tenant, session_id, idempotency_key or "")
-                if known is not None:
-                    return self._duplicate(session_id, known, request_hash, actor.agent)
         return await self._accept(
             Acceptance(
                 tenant=tenant,
                 session_id=session_id,
-                turn_id=new_turn_id(),
+                turn_id=turn_id,
                 idempotency_key=idempotency_key,
                 request_hash=request_hash,
                 input=encoded_input,
@@ -260,7 +254,14 @@ class SessionService:
         expired = actor.expires_at is not None and actor.expires_at <= self._clock.now()
         outdated = after_turn is not None and actor.latest_turn != after_turn
         # The store decides, and words, what is refused.
-        return not (actor.busy or actor.mailbox or expired or outdated or actor.dropped)
+        return not (
+            actor.busy
+            or actor.mailbox
+            or actor.dropped
+            or expired
+            or outdated
+            or self._residents.draining
+        )
 
     async def _accept(self, acceptance: Acceptance) -> TurnInfo:
         session_id = acceptance.session_id
@@ -285,7 +286,7 @@ class SessionService:
             )
         assert accepted.turn is not None
         if accepted.outcome == "duplicate":
-            return self._duplicate(session_id, accepted.turn, acceptance.request_hash, None)
+            return self._duplicate(session_id, accepted.turn, acceptance.request_hash)
         await self._wake((acceptance.tenant, session_id), accepted)
         return turn_info(session_id, accepted.turn, None)
 
@@ -308,9 +309,7 @@ class SessionService:
         elif self._ownership.may_take_over() or accepted.owner is None:
             await self._residents.activate(key)
 
-    def _duplicate(
-        self, session_id: str, row: TurnRow, request_hash: str, agent: str | None
-    ) -> TurnInfo:
+    def _duplicate(self, session_id: str, row: TurnRow, request_hash: str) -> TurnInfo:
         if row.request_hash != request_hash:
             raise IdempotencyConflictError(
                 f"the idempotency key was used for turn {row.id} with another input",

@@ -89,6 +89,11 @@ class Hub:
     def last_seq(self) -> int:
         return self.base_seq + len(self.events)
 
+    def prune(self, now: float) -> None:
+        """Forget followers that no longer say that they are."""
+        if self.followers:
+            self.followers = {f: until for f, until in self.followers.items() if until > now}
+
     def rebase(self, seq: int) -> None:
         """Forget the events up to ``seq``; readers that are not there yet read the journal."""
         self.base_seq, self.events = seq, []
@@ -136,7 +141,8 @@ class Hub:
         if cursor.seq < self.base_seq:
             return None
         items: list[StreamItem] = list(self.events[cursor.seq - self.base_seq :])
-        if self.called_seq and self.visible:
+        # A reader of the journal can be ahead of what was told here.
+        if self.called_seq and self.visible and cursor.seq <= self.called_seq:
             at = max(cursor.offset - self.start, 0) if cursor.seq == self.called_seq else 0
             if at < self.visible:
                 text = self.text[at : self.visible]
@@ -204,10 +210,12 @@ class TailWriter:
         """A call begins, whose text will be the hub's."""
         self._calls[tenant, session_id] = _Call(tenant, session_id, hub, hub.called_seq)
 
-    def end(self, tenant: str, session_id: str) -> None:
+    def end(self, tenant: str, session_id: str, called_seq: int) -> None:
         """The call is over: what was not written by now goes to the journal instead."""
-        self._calls.pop((tenant, session_id), None)
-        self._dirty.pop((tenant, session_id), None)
+        call = self._calls.get((tenant, session_id))
+        if call is not None and call.called_seq == called_seq:
+            del self._calls[tenant, session_id]
+            self._dirty.pop((tenant, session_id), None)
 
     def grew(self, tenant: str, session_id: str) -> None:
         """A call's hub has new text."""
@@ -236,6 +244,8 @@ class TailWriter:
             if written:
                 await self._confirm()
             for call, start, text in written:
+                if not call.hub.local:
+                    continue  # lost while this process slept: its text is nobody's any more
                 call.hub.show(call.called_seq, start + len(text))
                 if call.hub.followers and call.hub.called_seq == call.called_seq:
                     message = WireMessage(

@@ -37,7 +37,8 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
     """Events of one session for its journal, and what they change in ``turns``.
 
     ``events`` are JSON, for ``first_seq``, ``first_seq + 1``, and so on. The append lands whole
-    or not at all, and only if ``epoch`` is the session's and ``first_seq`` follows its last.
+    or not at all, and only if ``epoch`` is the session's and ``first_seq`` follows its last. With
+    ``inbox`` it lands only if the session's is the same: no turn was accepted by others meanwhile.
     """
 
     tenant: str
@@ -45,6 +46,7 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     first_seq: int
     events: tuple[bytes, ...]
+    inbox: int | None = None
     born: TurnBirth | None = None
     started_turn: str | None = None
     ended_turn: str | None = None
@@ -60,10 +62,11 @@ class AppendResult(msgspec.Struct, frozen=True):
 
     ``landed``: committed. ``stale``: the fence refused it, the session has ``epoch`` and
     ``last_seq``. ``gone``: there is no such session. ``locked``: somebody holds its row, try
-    again. ``duplicate``: ``born`` has an idempotency key that another turn has.
+    again. ``duplicate``: ``born`` has an id or idempotency key that another turn has. ``mail``:
+    the inbox is not the one named.
     """
 
-    outcome: Literal["landed", "stale", "gone", "locked", "duplicate"]
+    outcome: Literal["landed", "stale", "gone", "locked", "duplicate", "mail"]
     epoch: int = 0
     last_seq: int = 0
 
@@ -91,6 +94,15 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     turns: int
     open_turns: int
     latest_turn: str | None
+
+    @property
+    def first_epoch(self) -> int:
+        """An epoch that no owner of an earlier session of this id can have had.
+
+        Epochs begin at the milliseconds of the session's creation: whoever slept through its
+        deletion, or a copy that survived it, is of an epoch that the new session never has.
+        """
+        return int(self.created_at * 1000)
 
 
 class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -287,6 +299,7 @@ class DurableStore(Protocol):
 class HotCopy(msgspec.Struct, frozen=True):
     """A session's state as of ``seq``, at the end of a turn: what is shown to the model."""
 
+    epoch: int
     seq: int
     turns: int
     window: tuple[bytes, ...]
@@ -297,7 +310,7 @@ class HotStore(Protocol):
 
     async def load(self, tenant: str, session_id: str) -> HotCopy | None: ...
 
-    def save(self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int) -> None:
+    def save(self, tenant: str, session_id: str, copy: HotCopy, *, newest: int) -> None:
         """Store, in the background, a copy whose last ``newest`` window entries are new.
 
         A copy never replaces one of a later epoch or ``seq``.

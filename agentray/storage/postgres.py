@@ -167,6 +167,7 @@ class PostgresStore:
                 raise
         results = [AppendResult("locked")] * len(appends)
         for index, exists, locked, fits, landed, epoch, last_seq in rows:
+            append = appends[int(index)]
             if landed:
                 results[index] = AppendResult("landed", epoch, last_seq)
             elif not exists:
@@ -175,6 +176,8 @@ class PostgresStore:
                 results[index] = AppendResult("locked")
             elif fits:
                 results[index] = AppendResult("duplicate", epoch, last_seq)
+            elif (epoch, last_seq + 1) == (append.epoch, append.first_seq):
+                results[index] = AppendResult("mail", epoch, last_seq)
             else:
                 results[index] = AppendResult("stale", epoch, last_seq)
         return results
@@ -211,7 +214,6 @@ class PostgresStore:
                 row.origin,
                 msgspec.json.encode(row.metadata).decode(),
                 ttl_s,
-                1 if owner else 0,
                 owner,
             ],
         )
@@ -297,7 +299,9 @@ class PostgresStore:
                 last_seq=None,
             )
         elif row["outcome"] == "duplicate":
-            turn = await self.turn_by_key(a.tenant, a.session_id, a.idempotency_key or "")
+            turn = await self.turn(a.tenant, a.session_id, a.turn_id)
+            if turn is None and a.idempotency_key is not None:
+                turn = await self.turn_by_key(a.tenant, a.session_id, a.idempotency_key)
         return Accepted(
             outcome=row["outcome"] if turn or row["outcome"] != "duplicate" else "gone",
             owner=row["at_owner"],
@@ -422,6 +426,7 @@ def _append_params(appends: Sequence[Append]) -> list[Any]:
         [append.epoch for append in appends],
         [append.first_seq for append in appends],
         counts,
+        [append.inbox for append in appends],
         [b.turn_id if b else None for b in born],
         [b.idempotency_key if b else None for b in born],
         [b.request_hash if b else None for b in born],

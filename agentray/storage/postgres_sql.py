@@ -59,23 +59,25 @@ FROM turns WHERE tenant = %s AND session_id = %s
 # One statement for the appends of many sessions.
 # - locked: the rows' latest versions, locked; a row that somebody else holds is left for the
 #   next batch instead of stalling this one.
-# - fits: epoch and contiguity are compared on the locked rows, not on the snapshot's.
+# - fits: epoch, contiguity and inbox are compared on the locked rows, not on the snapshot's.
 # - born: a turn's idempotency key that exists already refuses its own append and no other.
 # - all changes follow from ok, so an append lands whole or not at all.
 APPEND = """
 WITH a AS MATERIALIZED (
   SELECT * FROM unnest(
     %s::int[], %b::text[], %b::text[], %s::bigint[], %s::bigint[], %s::int[],
+    %s::bigint[],
     %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[]
-  ) AS a(i, tenant, id, epoch, first_seq, n,
+  ) AS a(i, tenant, id, epoch, first_seq, n, inbox,
          born, key, hash, options, started, ended, ended_status)
 ), locked AS MATERIALIZED (
-  SELECT a.i, s.epoch, s.last_seq
+  SELECT a.i, s.epoch, s.last_seq, s.inbox
   FROM a JOIN sessions s ON s.tenant = a.tenant AND s.id = a.id
   FOR UPDATE OF s SKIP LOCKED
 ), fits AS MATERIALIZED (
   SELECT a.* FROM a JOIN locked l ON l.i = a.i
   WHERE l.epoch = a.epoch AND l.last_seq + 1 = a.first_seq
+    AND (a.inbox IS NULL OR a.inbox = l.inbox)
 ), born AS (
   INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash, options,
                      first_seq)
@@ -127,7 +129,8 @@ ORDER BY seq
 CREATE_SESSION = """
 INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, expires_at,
                       epoch, owner)
-VALUES (%s, %s, %s, %s, %s, %s, %s, now() + make_interval(secs => %s), %s, %s)
+VALUES (%s, %s, %s, %s, %s, %s, %s, now() + make_interval(secs => %s),
+        extract(epoch FROM now()) * 1000, %s)
 ON CONFLICT DO NOTHING RETURNING 1 AS one
 """
 
@@ -140,9 +143,10 @@ DELETE_SESSION = (
 FORK_SESSION = (
     "SELECT 1 FROM sessions WHERE tenant = %(tenant)s AND id = %(old)s FOR SHARE",
     """
-    INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, last_seq,
-                          turns, latest_turn)
-    SELECT tenant, %(new)s, agent, user_id, placement, origin, metadata, %(seq)s,
+    INSERT INTO sessions (tenant, id, agent, user_id, placement, origin, metadata, epoch,
+                          last_seq, turns, latest_turn)
+    SELECT tenant, %(new)s, agent, user_id, placement, origin, metadata,
+      extract(epoch FROM now()) * 1000, %(seq)s,
       (SELECT count(*) FROM turns WHERE tenant = s.tenant AND session_id = s.id
          AND last_seq <= %(seq)s),
       (SELECT id FROM turns WHERE tenant = s.tenant AND session_id = s.id

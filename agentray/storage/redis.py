@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from agentray.clock import Clock
 from agentray.config.settings import RedisSettings
@@ -22,39 +22,42 @@ _TAIL_TTL_S = 900
 _RETRY_PAUSE_S = 0.5
 _MAX_PENDING_SAVES = 10_000
 
-# KEYS: the copy's hash and its list. ARGV: epoch, seq, turns, time to live in ms, the seq that
-# the stored list must have for the new entries to follow it (-1: replace), the list's bound,
-# then the entries. Returns 1 if stored, 0 if the stored copy is newer, -1 if entries are missing.
+# A copy is one list, so that it is evicted whole: "epoch seq turns", then the window's entries.
+# ARGV: epoch, seq, turns, time to live in ms, the seq that the stored copy must have for the new
+# entries to follow it (-1: replace), the window's bound, then the entries.
+# Returns 1 if stored, 0 if the stored copy is newer, -1 if entries are missing.
 _SAVE = """
-local at = redis.call('HMGET', KEYS[1], 'epoch', 'seq')
-local epoch, seq = tonumber(at[1] or '-1'), tonumber(at[2] or '-1')
-if epoch > tonumber(ARGV[1]) or (epoch == tonumber(ARGV[1]) and seq >= tonumber(ARGV[2])) then
+local head = redis.call('LINDEX', KEYS[1], 0) or '-1 -1 '
+local epoch, seq = string.match(head, '^(%S+) (%S+) ')
+epoch, seq = tonumber(epoch), tonumber(seq)
+local new_epoch, new_seq, follows = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
+if epoch > new_epoch or (epoch == new_epoch and seq >= new_seq) then
   return 0
 end
-if tonumber(ARGV[5]) == -1 then
-  redis.call('DEL', KEYS[2])
-elseif seq ~= tonumber(ARGV[5]) then
+if follows == -1 then
+  redis.call('DEL', KEYS[1])
+elseif epoch ~= new_epoch or seq ~= follows then
   return -1
+else
+  redis.call('LPOP', KEYS[1])
 end
-for i = 7, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
-redis.call('LTRIM', KEYS[2], -tonumber(ARGV[6]), -1)
-redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'seq', ARGV[2], 'turns', ARGV[3])
+for i = 7, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
+redis.call('LTRIM', KEYS[1], -tonumber(ARGV[6]), -1)
+redis.call('LPUSH', KEYS[1], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
 return 1
 """
 
 
 class _Save(msgspec.Struct):
-    epoch: int
     copy: HotCopy
     follows: int
     fresh: int
 
 
-def _keys(tenant: str, session_id: str) -> tuple[str, str]:
-    # Braces keep both keys of a session in one slot of a Redis cluster.
-    return f"ar:hot:{{{tenant}/{session_id}}}", f"ar:hot:{{{tenant}/{session_id}}}:w"
+def _key(tenant: str, session_id: str) -> str:
+    # Braces keep all keys of a session in one slot of a Redis cluster.
+    return f"ar:hot:{{{tenant}/{session_id}}}"
 
 
 class RedisStore:
@@ -120,25 +123,26 @@ class RedisStore:
     async def load(self, tenant: str, session_id: str) -> HotCopy | None:
         if not self.available:
             return None
-        meta_key, list_key = _keys(tenant, session_id)
         try:
-            pipe = self._redis.pipeline(transaction=True)
-            pipe.hmget(meta_key, ["seq", "turns"])
-            pipe.lrange(list_key, 0, -1)
-            (seq, turns), window = await pipe.execute()
+            stored: list[bytes] = await self._redis.lrange(_key(tenant, session_id), 0, -1)
         except _FAILURES:
             self._failed()
             return None
-        return None if seq is None else HotCopy(int(seq), int(turns), tuple(window))
+        if not stored:
+            return None
+        epoch, seq, turns = map(int, stored[0].split())
+        return HotCopy(epoch, seq, turns, tuple(stored[1:]))
 
-    def save(self, tenant: str, session_id: str, *, epoch: int, copy: HotCopy, newest: int) -> None:
+    def save(self, tenant: str, session_id: str, copy: HotCopy, *, newest: int) -> None:
         key = (tenant, session_id)
         waiting = self._pending.get(key)
         follows = self._stored.get(key, -1)
         fresh = min(len(copy.window), newest + (waiting.fresh if waiting else 0))
         if len(self._pending) < _MAX_PENDING_SAVES:
-            self._pending[key] = _Save(epoch, copy, follows, fresh)
+            self._pending[key] = _Save(copy, follows, fresh)
             self._wake()
+        else:
+            self._stored.pop(key, None)
 
     def forget(self, tenant: str, session_id: str) -> None:
         """Forget what is known of a session's copy, which stays where it is."""
@@ -167,18 +171,17 @@ class RedisStore:
             self._save_sha = await self._redis.script_load(_SAVE)
         pipe = self._redis.pipeline(transaction=False)
         for (tenant, session_id), save in batch.items():
-            meta_key, list_key = _keys(tenant, session_id)
+            name = _key(tenant, session_id)
             if save is None:
-                pipe.delete(meta_key, list_key)
+                pipe.delete(name)
                 continue
             window = save.copy.window
             entries = window if save.follows == -1 else window[len(window) - save.fresh :]
             pipe.evalsha(
                 self._save_sha,
-                2,
-                meta_key,
-                list_key,
-                *(save.epoch, save.copy.seq, save.copy.turns),
+                1,
+                name,
+                *(save.copy.epoch, save.copy.seq, save.copy.turns),
                 *(int(self._settings.hot_ttl_s * 1000), save.follows, self._window_turns),
                 *entries,
             )
@@ -186,19 +189,21 @@ class RedisStore:
         for (key, save), result in zip(batch.items(), results, strict=True):
             if save is None:
                 continue
+            waiting = self._pending.get(key)
             if result == 1:
                 self._stored[key] = save.copy.seq
-            elif result == -1:
-                # The server lost what the new entries were to follow: store the whole copy.
-                self._stored.pop(key, None)
-                self._pending.setdefault(key, _Save(save.epoch, save.copy, -1, 0))
+                if waiting is not None and waiting.follows != -1:
+                    waiting.follows = save.copy.seq
+                continue
+            self._stored.pop(key, None)
+            if isinstance(result, NoScriptError):
+                self._save_sha = ""  # the server restarted: it has to be told the script anew
             elif isinstance(result, Exception):
-                # NOSCRIPT after a restart of the server: load the script anew.
-                self._save_sha = ""
-                self._stored.pop(key, None)
-                self._pending.setdefault(key, _Save(save.epoch, save.copy, -1, 0))
-            else:
-                self._stored.pop(key, None)
+                self.failures += 1
+            if waiting is not None:
+                waiting.follows = -1  # what it was to follow is not there
+            elif key not in self._pending and (result == -1 or not self._save_sha):
+                self._pending[key] = _Save(save.copy, -1, 0)
 
     # The wire
 
@@ -208,9 +213,10 @@ class RedisStore:
         try:
             pipe = self._redis.pipeline(transaction=False)
             for key, offset, text in tails:
-                pipe.setrange(f"ar:tail:{key}", offset, text)
                 if offset == 0:
-                    pipe.expire(f"ar:tail:{key}", _TAIL_TTL_S)
+                    pipe.set(f"ar:tail:{key}", text, ex=_TAIL_TTL_S)
+                else:
+                    pipe.setrange(f"ar:tail:{key}", offset, text)
             await pipe.execute()
         except _FAILURES:
             self._failed()

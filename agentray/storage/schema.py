@@ -97,9 +97,13 @@ MIGRATIONS: tuple[str, ...] = (
         at_owner_alive := EXISTS (
             SELECT 1 FROM hosts h WHERE h.id = s.owner AND greatest(
                 h.beat_at, pg_postmaster_start_time()) > now() - make_interval(secs => term_s));
-        IF new_key IS NOT NULL AND EXISTS (
+        IF EXISTS (
             SELECT 1 FROM turns t WHERE t.tenant = of_tenant AND t.session_id = of_session
-            AND t.idempotency_key = new_key) THEN
+            AND t.id = new_turn
+        ) OR new_key IS NOT NULL AND EXISTS (
+            SELECT 1 FROM turns t WHERE t.tenant = of_tenant AND t.session_id = of_session
+            AND t.idempotency_key = new_key
+        ) THEN
             outcome := 'duplicate';
             RETURN;
         END IF;
