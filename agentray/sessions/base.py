@@ -13,6 +13,7 @@ from agentray.events import (
     ModelCalled,
     TurnError,
     TurnOptions,
+    TurnResumed,
     TurnStatus,
     Usage,
 )
@@ -35,8 +36,8 @@ TurnState = Literal["accepted", "running", "done"]
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
-    """A place in a session's stream: all of event ``seq`` and, if that is a ``model.called``, the
-    first ``offset`` characters of its step's text. ``Cursor(0)`` is the start.
+    """A place in a session's stream: all of event ``seq`` and, if a model call is under way there,
+    the first ``offset`` characters of its step's text. ``Cursor(0)`` is the start.
     """
 
     seq: int
@@ -63,11 +64,14 @@ class Delta(msgspec.Struct, frozen=True):
 StreamItem = AnyEvent | Delta
 
 
-def item_cursor(item: StreamItem) -> Cursor:
-    """Return the cursor behind an item of a stream."""
+def item_cursor(item: StreamItem, before: Cursor) -> Cursor:
+    """Return the cursor behind an item of a stream that came behind ``before``."""
     if isinstance(item, Delta):
         return Cursor(item.seq, item.offset)
-    return Cursor(item.seq, item.continued_from if isinstance(item, ModelCalled) else 0)
+    if isinstance(item, ModelCalled):
+        return Cursor(item.seq, item.continued_from)
+    # A takeover ends no call: how much of its text was seen is still to be known.
+    return Cursor(item.seq, before.offset if isinstance(item, TurnResumed) else 0)
 
 
 class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):

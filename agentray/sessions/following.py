@@ -18,6 +18,7 @@ from agentray.events import (
     ModelVoided,
     TurnAccepted,
     TurnFinished,
+    TurnResumed,
     decode_event,
 )
 from agentray.sessions.base import Cursor, Delta, StreamItem, item_cursor
@@ -40,9 +41,9 @@ _PAGE = 500
 class _TextInFlight:
     """What a reader has of the running call's text, so that it gets the rest before the end."""
 
-    def __init__(self, cursor: Cursor) -> None:
-        self._called_seq = cursor.seq
-        self._seen = cursor.offset
+    def __init__(self, called_seq: int, seen: int) -> None:
+        self._called_seq = called_seq
+        self._seen = seen
 
     def complete(self, items: Sequence[StreamItem]) -> list[StreamItem]:
         """Return the items with a delta of what is missing in front of each end of a call."""
@@ -94,7 +95,8 @@ class Following:
     ) -> AsyncIterator[list[StreamItem]]:
         """Yield what ``Sessions.follow`` promises."""
         cursor = await self._start(key, after, turn_id)
-        text = _TextInFlight(cursor)
+        called_seq = await self._called_seq(key, cursor) if cursor == after else cursor.seq
+        text = _TextInFlight(called_seq, cursor.offset)
         hub = self._join(key, cursor.seq)
         try:
             while True:
@@ -109,7 +111,8 @@ class Following:
                         self._leave(key, hub)
                         hub = self._join(key, cursor.seq)
                     continue
-                cursor = item_cursor(items[-1])
+                for item in items:
+                    cursor = item_cursor(item, cursor)
                 items = text.complete(items)
                 if turn_id is None:
                     yield list(items)
@@ -145,6 +148,16 @@ class Following:
             # All of it is known: show the end once more, so that the iterator ends.
             return Cursor(turn.last_seq - 1)
         return max(after, Cursor(begins))
+
+    async def _called_seq(self, key: Key, cursor: Cursor) -> int:
+        """Return the call that a cursor may be in: takeovers can lie between it and its end."""
+        seq = cursor.seq
+        while seq > 0:
+            bodies = await self._store.events(*key, after=seq - 1, limit=1, up_to=seq)
+            if not bodies or not isinstance(decode_event(bodies[0]), TurnResumed):
+                break
+            seq -= 1
+        return seq
 
     async def _page(self, key: Key, after: int, up_to: int) -> list[AnyEvent]:
         bodies = await self._store.events(*key, after=after, limit=_PAGE, up_to=up_to)

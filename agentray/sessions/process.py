@@ -83,6 +83,7 @@ class OwnerProcess:
             hot=self.redis,
             wire=self.redis,
             tails=self._tails,
+            confirm=self.ownership.confirm,
             models=self.models,
             continues_text=lambda name: self.catalog.resolve(name).continues_text,
             default_model=self.catalog.default,

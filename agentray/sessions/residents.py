@@ -380,6 +380,8 @@ class Residents:
 
     def drop(self, actor: SessionActor) -> None:
         """Forget a session without a word: it is released, or another's."""
+        if actor.dropped:
+            return
         actor.dropped = True
         if self._actors.get(actor.key) is actor:
             del self._actors[actor.key]

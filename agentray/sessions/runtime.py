@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from agentray.agents.spec import Agents
 from agentray.clock import Clock
-from agentray.errors import ModelError
+from agentray.errors import ModelError, OwnershipLostError
 from agentray.events import (
     AnyEvent,
     Message,
@@ -79,6 +79,7 @@ class SessionRuntime:
         hot: HotStore,
         wire: Wire,
         tails: TailWriter,
+        confirm: Callable[[], Awaitable[None]],
         models: ModelCaller,
         continues_text: Callable[[str], bool],
         default_model: str,
@@ -92,6 +93,7 @@ class SessionRuntime:
         self._hot = hot
         self._wire = wire
         self._tails = tails
+        self._confirm = confirm
         self._models = models
         self._continues_text = continues_text
         self._default_model = default_model
@@ -379,6 +381,10 @@ class SessionRuntime:
             )
         # Durable before the first of them is dispatched: what may have begun is known.
         await self._flush(actor)
+        # This process may have slept since: another owner may have run and settled them.
+        await self._confirm()
+        if actor.dropped:
+            raise OwnershipLostError("lost before its tools were called", session_id=actor.id)
         following: tuple[Command, ...] = ()
         turn = _running(actor)
         prefix = f"{actor.tenant}/{actor.id}/{turn.id}/{turn.step}"

@@ -151,7 +151,9 @@ class PostgresStore:
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         params = _append_params(appends)
-        async with _translated():
+        settings = self._settings
+        timeout_s = settings.connect_timeout_s + settings.statement_timeout_s
+        async with _translated(), asyncio.timeout(timeout_s):
             try:
                 if self._journal is None or self._journal.closed:
                     self._journal = await AsyncConnection.connect(
