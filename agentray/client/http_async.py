@@ -116,7 +116,7 @@ class AsyncClient:
                         if items:
                             attempts.progressed()
                         for item in items:
-                            following.cursor = item_cursor(item)
+                            following.cursor = item_cursor(item, following.cursor)
                             yield item
                         if following.finished is not None:
                             return

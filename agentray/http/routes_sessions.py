@@ -27,7 +27,7 @@ from agentray.http.items import turn_events
 from agentray.http.objects import Deleted
 from agentray.http.sse import EventStream, ModelDelta, comment, error_frame, native_frames
 from agentray.ids import check_name, check_session_id
-from agentray.sessions.base import Cursor, Delta, SessionInfo, StreamItem, item_cursor
+from agentray.sessions.base import Cursor, Delta, SessionInfo, StreamItem
 
 __all__ = [
     "CancelledTurns",
@@ -233,9 +233,9 @@ async def _follow(
                 behind = _behind(batch, cursor)
                 if behind:
                     last = behind[-1]
-                    at = item_cursor(last)
                     ended = bounded and isinstance(last, TurnFinished)
-                    await stream.write(native_frames(behind), last=ended)
+                    frames, at = native_frames(behind, at)
+                    await stream.write(frames, last=ended)
                     if ended:
                         return
         except AgentRayError as error:

@@ -18,7 +18,7 @@ from agentray.config.settings import HttpSettings
 from agentray.events import encode_event
 from agentray.http.exchange import Exchange, Header
 from agentray.http.objects import ResponseEvent
-from agentray.sessions.base import Delta, StreamItem, item_cursor
+from agentray.sessions.base import Cursor, Delta, StreamItem, item_cursor
 from agentray.telemetry.logging import get_logger
 
 __all__ = [
@@ -72,18 +72,19 @@ def _name(kind: type[msgspec.Struct]) -> bytes:
     return name
 
 
-def native_frames(items: Iterable[StreamItem]) -> bytes:
-    """Return items of a session's stream as server-sent events; their ids are cursors."""
+def native_frames(items: Iterable[StreamItem], at: Cursor) -> tuple[bytes, Cursor]:
+    """Return items of a session's stream behind ``at`` as server-sent events, and the cursor
+    behind them; the events' ids are cursors."""
     frames: list[bytes] = []
     for item in items:
-        at = item_cursor(item)
+        at = item_cursor(item, at)
         if isinstance(item, Delta):
             name = b"model.delta"
             data = _encode(ModelDelta(item.turn_id, item.seq, item.offset, item.text))
         else:
             name, data = _name(type(item)), encode_event(item)
         frames.append(b"id: %d.%d\nevent: %b\ndata: %b\n\n" % (at.seq, at.offset, name, data))
-    return b"".join(frames)
+    return b"".join(frames), at
 
 
 def data_frame(payload: msgspec.Struct) -> bytes:
