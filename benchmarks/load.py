@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -22,9 +23,15 @@ import msgspec
 
 from benchmarks.answers import Checker, WrongAnswerError, checker
 
-__all__ = ["Client", "Generator", "Measured", "Round", "Turn", "now", "serve"]
+__all__ = ["DRIVER_ENVIRON", "Client", "Generator", "Measured", "Round", "Turn", "now", "serve"]
 
+DRIVER_ENVIRON = {
+    # What a Ray driver needs to find a head that `agentray up` started.
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 _MAX_ERRORS = 50
+_CONNECT_S = 120.0
 _LIMIT = 64 * 1024 * 1024
 
 # uvloop's own time goes by milliseconds.
@@ -147,6 +154,7 @@ class Generator:
             stdin=PIPE,
             stdout=PIPE,
             limit=_LIMIT,
+            env={**os.environ, **DRIVER_ENVIRON},
             start_new_session=True,
         )
         return cls(process)
@@ -171,10 +179,12 @@ class Generator:
         assert stdin is not None
         assert stdout is not None
         stdin.write(msgspec.json.encode(spec) + b"\n")
-        await self._expect(b"connected")
+        async with asyncio.timeout(_CONNECT_S):
+            await self._expect(b"connected")
         before()
         stdin.write(b"go\n")
-        line = await stdout.readline()
+        async with asyncio.timeout(spec.seconds + 2 * spec.timeout_s):
+            line = await stdout.readline()
         after()
         if not line.startswith(b"{"):
             raise RuntimeError(f"the load generator: {line.decode() or 'ended'}")
@@ -191,7 +201,7 @@ class Generator:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(5):
                 await self._process.wait()
         except TimeoutError:
             self._process.kill()
