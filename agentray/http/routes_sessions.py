@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from agentray.errors import AgentRayError, CursorError, InvalidRequestError
 from agentray.events import AnyEvent, TurnFinished
@@ -137,7 +138,9 @@ async def create_turn(door: Door, exchange: Exchange) -> None:
     elif body.background:
         await exchange.reply(turn, status=202)
     else:
-        await exchange.reply(await door.sessions.wait(TENANT, session_id, turn.id))
+        done = await door.sessions.wait(TENANT, session_id, turn.id)
+        # The key is not in the journal, from which that is told.
+        await exchange.reply(replace(done, idempotency_key=turn.idempotency_key))
 
 
 async def retrieve_turn(door: Door, exchange: Exchange) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from agentray.events import AnyEvent, Message, TurnOptions
 from agentray.sessions.base import (
     Cursor,
@@ -79,7 +81,8 @@ class SessionCalls:
     ) -> TurnInfo:
         """Accept a turn and return it when it is done."""
         turn = await self.submit(session_id, input, tenant=tenant, **how)
-        return await self._sessions.wait(tenant, session_id, turn.id)
+        done = await self._sessions.wait(tenant, session_id, turn.id)
+        return replace(done, idempotency_key=turn.idempotency_key)
 
     async def stream(
         self,

@@ -78,7 +78,7 @@ class Hub:
         self.followers: dict[str, float] = {}
         self.local = False
         self.live = False
-        self._waiting: asyncio.Future[None] | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
 
     @property
     def wanted(self) -> bool:
@@ -152,15 +152,20 @@ class Hub:
 
     def notify(self) -> None:
         """Wake whoever waits for a change."""
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-        self._waiting = None
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._waiting.clear()
 
-    def changed(self) -> asyncio.Future[None]:
-        """Return a future that is done at the next change."""
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-        return self._waiting
+    async def changed(self) -> None:
+        """Return at the next change."""
+        # One for each reader: a reader that leaves cancels its own.
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting.discard(waiting)
 
     def snapshot(self, tenant: str, session_id: str) -> WireMessage:
         """Return all that is live and visible, for a follower that begins."""
