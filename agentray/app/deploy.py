@@ -1,8 +1,9 @@
 """Put the applications on a Ray cluster, or take them off: a process of its own, for one job.
 
 The supervisor never imports Ray: a driver dies with its cluster, the supervisor must not. It
-runs ``python -m agentray.app.deploy`` with a job as JSON on its standard input. The exit code is
-0 when the job is done; else 1, with the reason in one line on standard output.
+runs ``python -m agentray.app.deploy`` with a job as JSON on its standard input. On standard
+output stands a line for each application that runs, or why the job failed; the exit code is 0
+when the job is done, else 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from agentray.app.address import door
+from agentray.app.jobs import FAILED, RUNNING
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, NotReadyError
 
@@ -46,8 +48,7 @@ def main() -> None:
         error = getattr(error, "cause", None) or error
         reason = str(error).strip().splitlines()
         kind = "" if isinstance(error, AgentRayError) else f"{type(error).__name__}: "
-        sys.stdout.write(f"{kind}{reason[0] if reason else 'no reason given'}\n")
-        sys.stdout.flush()
+        _say(FAILED, f"{kind}{reason[0] if reason else 'no reason given'}")
         sys.exit(1)
 
 
@@ -81,19 +82,23 @@ def _deploy(settings: Settings, hosts_app: str) -> None:
         targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
     # Not left to Serve: it says only after a minute, and without a reason, that a start failed.
-    names = {target.name for target in targets}
-    while not (_all_running(serve.status(), names) and _answers(settings)):
+    waiting = {target.name for target in targets}
+    while waiting:
+        for name in waiting & _running(serve.status(), waiting):
+            if name != HOSTS_APP or _answers(settings):
+                waiting.remove(name)
+                _say(RUNNING, name)
         time.sleep(_POLL_S)
 
 
-def _all_running(status: Any, names: set[str]) -> bool:
+def _running(status: Any, names: set[str]) -> set[str]:
+    """Return which applications run; raise ``NotReadyError`` if one of ``names`` never will."""
     for name, application in status.applications.items():
         if name in names and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             said = [application.message, *(d.message for d in application.deployments.values())]
             lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
             raise NotReadyError(f"{name}: {lines[-1] if lines else 'no reason given'}")
-    running = {name for name, app in status.applications.items() if app.status == "RUNNING"}
-    return names <= running
+    return {name for name, app in status.applications.items() if app.status == "RUNNING"}
 
 
 def _answers(settings: Settings) -> bool:
@@ -120,6 +125,11 @@ def _stop() -> None:
         with contextlib.suppress(TimeoutError):
             serve.delete(HOSTS_APP)
             return
+
+
+def _say(kind: str, text: str) -> None:
+    sys.stdout.write(f"{kind} {text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def ray_environment(
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest_turn_s + 60),
         # After a reload the old worker's streams live on this long: the longest model call fits.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(900, 2 * longest_step_s)),
+        # After three failures in a row Serve starts HAProxy anew.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "250ms",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "250ms",

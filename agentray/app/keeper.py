@@ -42,9 +42,9 @@ async def keep(
             await asyncio.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures))
             failures += 1
             try:
-                with report.step(name) as detail:
-                    await restart()
-                    detail("is back")
+                done = report.begin(name)
+                await restart()
+                done("is back")
             except AgentRayError as error:
                 reason = error.message
                 if failures >= _FAILURES:

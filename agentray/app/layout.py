@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from agentray.errors import ConfigError
 
 __all__ = ["Layout"]
+
+_LOG_BYTES = 10 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +85,24 @@ class Layout:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise ConfigError(f"{self.runtime_dir} exists and is not a folder of this user")
         self.runtime_dir.chmod(0o700)
+
+    def sweep(self) -> None:
+        """Remove what earlier runs left in ``runtime_dir``, but for the logs of the last one."""
+        sessions = sorted(self.ray_dir.glob("session_2*"))
+        for path in [*self.runtime_dir.iterdir(), *self.ray_dir.glob("*")]:
+            if path == self.ray_dir or path in sessions[-1:]:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        link = self.logs_dir / "ray"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.ray_dir / "session_latest" / "logs")
+        for log in self.logs_dir.glob("*.log"):
+            if log.stat().st_size > _LOG_BYTES:
+                log.replace(log.with_suffix(".log.1"))
+
+    def remove_runtime(self) -> None:
+        """Remove ``runtime_dir``, in which nothing outlives the system."""
+        shutil.rmtree(self.runtime_dir, ignore_errors=True)

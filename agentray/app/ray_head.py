@@ -132,6 +132,8 @@ class RayHead:
             "--max-worker-port=0",
             f"--object-store-memory={self._settings.ray.object_store_bytes}",
             "--no-monitor",
+            # It carries what workers print to drivers; ours do not ask for it.
+            "--include-log-monitor=false",
         ]
 
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from pydantic import SecretStr
 
 import agentray
 from agentray.app.address import in_url, url
+from agentray.app.deploy import HOSTS_APP
 from agentray.app.environment import (
     DRAIN_MARGIN_S,
     base_environment,
@@ -35,7 +37,7 @@ from agentray.app.processes import end_processes, owned_processes
 from agentray.app.ray_head import RayHead
 from agentray.app.report import Report
 from agentray.app.stores import Stores, without_password
-from agentray.config.settings import Settings
+from agentray.config.settings import SIMULATOR, Settings
 from agentray.config.state import RunState, remove_state, write_state
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
 from agentray.http import haproxy
@@ -44,11 +46,16 @@ __all__ = ["Supervisor"]
 
 _LOOPBACK = "127.0.0.1"
 _DEPLOY_S = 300.0
+# Until Serve has noticed that it shall stop, and for what follows the drain.
+_STOP_MARGIN_S = 20.0
 _CURL_BODY = """-H 'content-type: application/json' -d '{"input": "hello"}'"""
 
 
 class Supervisor:
-    """One system: its stores, Ray, Serve and the applications on it."""
+    """One system: its stores, Ray, Serve and the applications on it.
+
+    ``hosts_app`` is the import path of what builds the application of the session hosts.
+    """
 
     def __init__(
         self,
@@ -70,8 +77,13 @@ class Supervisor:
         self._started_at = time.time()
 
     async def run(self) -> int:
-        """Run the system until it is told to stop; return the exit code."""
+        """Run the system until a signal ends it; return the exit code.
+
+        SIGINT, SIGTERM and SIGHUP end it in order, a second one at once. Whatever happens, no
+        process of the system is left.
+        """
         try:
+            self._check_settings()
             self._layout.make()
             with exclusive(self._layout.lock_file):
                 return await self._run_locked()
@@ -82,46 +94,48 @@ class Supervisor:
     async def _run_locked(self) -> int:
         self._listen_to_signals()
         # What a killed supervisor left behind would hold ports, sockets and the database.
-        await end_processes(owned_processes(self._layout), grace_s=0)
+        await end_processes(owned_processes(self._layout))
         remove_state(self._layout.data_dir)
+        self._layout.sweep()
         self._check_port()
+        _allow_many_files()
         work = asyncio.create_task(self._work())
         stop = asyncio.create_task(self._stop.wait())
+        code = 1
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 await work
-            return 0
+            code = 0
         except (AgentRayError, ExceptionGroup) as error:
             self._report.error(_ours(error).message)
-            return 1
         finally:
             for task in (stop, work):
                 task.cancel()
             await asyncio.gather(stop, work, return_exceptions=True)
             await self._shut_down()
+        if code == 0:
+            self._layout.remove_runtime()
+        return code
 
     async def _work(self) -> None:
         await self._start()
         async with asyncio.TaskGroup() as parts:
-            for store, restart in (
-                (self._stores.postgres, self._restart_postgres),
-                (self._stores.redis, self._restart_redis),
-            ):
+            for store in (self._stores.postgres, self._stores.redis):
                 if store is not None:
                     parts.create_task(
                         keep(
                             store.name,
                             wait_dead=store.wait_dead,
-                            restart=restart,
+                            restart=store.start,
                             report=self._report,
                         )
                     )
             parts.create_task(
                 keep(
                     self._head.name,
-                    wait_dead=self._head_dead,
-                    restart=self._start_ray_again,
+                    wait_dead=self._head.wait_dead,
+                    restart=self._restart_head,
                     report=self._report,
                 )
             )
@@ -133,47 +147,52 @@ class Supervisor:
             group.create_task(self._start_postgres())
             group.create_task(self._start_redis())
             group.create_task(self._start_ray())
-        with self._report.step("applications") as detail:
-            await self._deploy()
-            detail(f"{self._settings.host_count()} session hosts")
+        models = self._report.begin("models")
+        hosts = self._report.begin("session hosts")
+        endpoints = list(self._settings.models.endpoints)
+        if not self._settings.models.simulated():
+            models(", ".join(endpoints))
+
+        def running(name: str) -> None:
+            if name == SIMULATOR:
+                models(", ".join([*endpoints, SIMULATOR]))
+            elif name == HOSTS_APP:
+                hosts(str(self._settings.host_count()))
+
+        await self._deploy(running)
         self._note(ready=True)
         self._say_ready()
 
     async def _start_postgres(self) -> None:
-        with self._report.step("PostgreSQL") as detail:
-            detail(await self._stores.start_postgres())
+        done = self._report.begin("PostgreSQL")
+        done(await self._stores.start_postgres())
 
     async def _start_redis(self) -> None:
-        with self._report.step("Redis") as detail:
-            detail(await self._stores.start_redis())
+        done = self._report.begin("Redis")
+        done(await self._stores.start_redis())
 
     async def _start_ray(self) -> None:
-        with self._report.step("Ray") as detail:
-            program = find_haproxy()
-            self._write_shim()
-            ports = find_ports(_LOOPBACK, self._layout)
-            self._environ = {
-                **ray_environment(self._settings, self._layout, ports, haproxy=program),
-                **provide_token(),
-            }
-            await self._head.start(ports, self._environ)
-            detail(self._head.address)
+        done = self._report.begin("Ray")
+        self._write_shim()
+        await self._start_head()
+        done(self._head.address)
 
-    async def _start_ray_again(self) -> None:
+    async def _start_head(self) -> None:
+        ports = find_ports(_LOOPBACK, self._layout)
+        ours = ray_environment(self._settings, self._layout, ports, haproxy=find_haproxy())
+        self._environ = {**ours, **provide_token()}
+        await self._head.start(ports, self._environ)
+
+    async def _restart_head(self) -> None:
         self._deployed = False
         self._note(ready=False)
         await self._head.stop()
         await self._stores.forget_hosts()
-        ports = find_ports(_LOOPBACK, self._layout)
-        self._environ = {
-            **ray_environment(self._settings, self._layout, ports, haproxy=find_haproxy()),
-            **provide_token(),
-        }
-        await self._head.start(ports, self._environ)
-        await self._deploy()
+        await self._start_head()
+        await self._deploy(lambda _: None)
         self._note(ready=True)
 
-    async def _deploy(self) -> None:
+    async def _deploy(self, running: Callable[[str], None]) -> None:
         job = asyncio.create_task(
             run_job(
                 {
@@ -185,6 +204,7 @@ class Supervisor:
                 environ=self._environ,
                 log_file=self._layout.logs_dir / "deploy.log",
                 timeout_s=_DEPLOY_S,
+                progress=running,
             )
         )
         death = asyncio.create_task(self._head.wait_dead())
@@ -195,64 +215,73 @@ class Supervisor:
             await job
             self._deployed = True
         finally:
-            for task in (job, death):
-                task.cancel()
-            await asyncio.gather(job, death, return_exceptions=True)
-
-    async def _restart_postgres(self) -> None:
-        assert self._stores.postgres is not None
-        await self._stores.postgres.start()
-
-    async def _restart_redis(self) -> None:
-        assert self._stores.redis is not None
-        await self._stores.redis.start()
+            await _end_tasks(job, death)
 
     # Ending
 
     async def _shut_down(self) -> None:
-        hurry = self._hurry.is_set()
-        if self._deployed and not hurry:
-            self._report.info("stopping: running turns are finished or handed over …")
+        self._report.quiet()
+        if self._deployed and not self._hurry.is_set():
+            self._report.info("stopping: running turns are finished or handed over; again: at once")
             await self._drain()
+        hurry = self._hurry.is_set()
         await self._head.stop()
         await self._stores.stop(hurry=hurry)
         await end_processes(owned_processes(self._layout))
         remove_state(self._layout.data_dir)
 
     async def _drain(self) -> None:
-        wait_s = self._settings.sessions.drain_s + DRAIN_MARGIN_S + 20
+        """Take the session hosts off and wait until they have drained, or for a second signal."""
         job = asyncio.create_task(
             run_job(
                 {"do": "stop", "address": self._head.address},
                 environ=self._environ,
                 log_file=self._layout.logs_dir / "deploy.log",
-                timeout_s=wait_s,
+                timeout_s=self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S,
             )
         )
         hurry = asyncio.create_task(self._hurry.wait())
         death = asyncio.create_task(self._head.wait_dead())
         await asyncio.wait({job, hurry, death}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (job, hurry, death):
-            task.cancel()
-        results = await asyncio.gather(job, hurry, death, return_exceptions=True)
-        if isinstance(results[0], AgentRayError):
-            self._report.warn(results[0].message)
+        try:
+            if job.done():
+                await job
+        except AgentRayError as error:
+            self._report.warn(error.message)
+        finally:
+            await _end_tasks(job, hurry, death)
 
     # Smaller things
 
     def _resolved(self, settings: Settings) -> Settings:
         """Return the settings with the addresses of what runs here filled in."""
-        return settings.model_copy(
-            update={
-                "data_dir": str(self._layout.data_dir),
-                "postgres": settings.postgres.model_copy(
-                    update={"url": SecretStr(self._stores.postgres_url)}
-                ),
-                "redis": settings.redis.model_copy(
-                    update={"url": SecretStr(self._stores.redis_url)}
-                ),
-            }
-        )
+        stores = {
+            "postgres": settings.postgres.model_copy(
+                update={"url": SecretStr(self._stores.postgres_url)}
+            ),
+            "redis": settings.redis.model_copy(update={"url": SecretStr(self._stores.redis_url)}),
+        }
+        return settings.model_copy(update={"data_dir": str(self._layout.data_dir), **stores})
+
+    def _check_settings(self) -> None:
+        if self._settings.ray.address is not None:
+            raise ConfigError(
+                f"ray.address is {self._settings.ray.address}: `agentray up` starts Ray itself"
+            )
+
+    def _check_port(self) -> None:
+        host, port = self._settings.http.host, self._settings.http.port
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As HAProxy does: connections of a past listener are no hindrance.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen(1)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {in_url(host)}:{port}: {error.strerror}; choose another --port"
+            ) from error
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -263,20 +292,6 @@ class Supervisor:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
-
-    def _check_port(self) -> None:
-        host, port = self._settings.http.host, self._settings.http.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot listen on {in_url(host)}:{port}: {error.strerror}; "
-                    "choose another --port"
-                ) from error
 
     def _write_shim(self) -> None:
         # -I -S: nothing of the user's or the site's is loaded, which takes most of the start.
@@ -302,24 +317,34 @@ class Supervisor:
             ),
         )
 
-    async def _head_dead(self) -> str:
-        return await self._head.wait_dead()
-
     def _say_ready(self) -> None:
         models = self._settings.models
         default = models.default or models.names()[0]
-        change = "agentray up --model NAME=URL   (an OpenAI-compatible endpoint)"
+        here = url(self._settings.http)
         self._report.ready(
-            url(self._settings.http),
+            here,
             [
-                f"model      {default}; another one: {change}",
-                "talk       agentray chat",
-                f"curl       curl {url(self._settings.http)}/v1/responses {_CURL_BODY}",
-                f'openai     OpenAI(base_url="{url(self._settings.http)}/v1", api_key="none")',
-                f"logs       {self._layout.logs_dir}",
-                "stop       Ctrl-C",
+                f"model   {default}; another one: agentray up --model NAME=URL",
+                "talk    agentray chat",
+                f"curl    curl {here}/v1/responses {_CURL_BODY}",
+                f'openai  OpenAI(base_url="{here}/v1", api_key="none")',
+                f"logs    {self._layout.logs_dir}",
+                "stop    Ctrl-C",
             ],
         )
+
+
+async def _end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _allow_many_files() -> None:
+    # Every stream is a connection or two, in each process that it goes through.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 20 if most == resource.RLIM_INFINITY else min(most, 1 << 20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _ours(error: Exception) -> AgentRayError:

@@ -1,4 +1,4 @@
-"""Run a supervisor on settings from standard input, with stand-ins for the session hosts."""
+"""Run a supervisor: the builder of the hosts app and the settings are the arguments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from agentray.app.report import Report
 from agentray.app.supervisor import Supervisor
 from agentray.config.settings import Settings
 
+
+async def run(hosts_app: str, settings: Settings) -> int:
+    return await Supervisor(settings, report=Report(), hosts_app=hosts_app).run()
+
+
 if __name__ == "__main__":
-    settings = Settings.model_validate_json(sys.argv[1])
-    supervisor = Supervisor(
-        settings, report=Report(), hosts_app="tests.integration.placeholder_hosts:build"
-    )
-    sys.exit(asyncio.run(supervisor.run()))
+    sys.exit(asyncio.run(run(sys.argv[1], Settings.model_validate_json(sys.argv[2]))))
