@@ -15,13 +15,13 @@ import os
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 import msgspec
 
-from benchmarks.answers import Checker, WrongAnswerError, checker
+from benchmarks.answers import WrongAnswerError, checker
 
 __all__ = ["DRIVER_ENVIRON", "Client", "Generator", "Measured", "Round", "Turn", "now", "serve"]
 
@@ -52,18 +52,31 @@ class Client(msgspec.Struct, frozen=True):
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """How long clients ask: ``turns`` are those of each client, ``seconds`` bound it too."""
+    """How long clients ask: ``turns`` are those of each client, ``seconds`` bound it too.
+
+    With ``together``, that many ask at the same time: a client begins when the one before it has
+    had its turns.
+    """
 
     kind: str
     address: str
     clients: list[Client]
     seconds: float = 600.0
     turns: int | None = None
+    together: int | None = None
     timeout_s: float = 30.0
+
+    @property
+    def lanes(self) -> int:
+        """How many clients ask at the same time: client ``i`` is in lane ``i % lanes``."""
+        return min(self.together or len(self.clients), len(self.clients))
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What a round brought. Throughput counts the turns that ended within the round's time."""
+    """What a round brought. ``seconds`` ends with the last turn: each client finishes its own.
+
+    Latencies come in the order of the turns' ends.
+    """
 
     turns: int
     seconds: float
@@ -86,11 +99,14 @@ async def _drive(turns: Sequence[Turn], spec: Round) -> Measured:
     errors: list[str] = []
     began = now()
     end = began + spec.seconds
-    in_time = 0
     last = began
 
+    async def lane(turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            await client(turn)
+
     async def client(turn: Turn) -> None:
-        nonlocal in_time, last
+        nonlocal last
         left = spec.turns if spec.turns is not None else sys.maxsize
         while left > 0 and (started := now()) < end and len(errors) < _MAX_ERRORS:
             left -= 1
@@ -101,19 +117,18 @@ async def _drive(turns: Sequence[Turn], spec: Round) -> Measured:
                 errors.append(f"{type(error).__name__}: {error}"[:500])
                 continue
             last = now()
-            in_time += last <= end
             ms.append(round((last - started) * 1000, 4))
             first_ms.append(round((first - started) * 1000, 4))
 
     cpu_s = time.process_time()
     async with asyncio.TaskGroup() as group:
-        for turn in turns:
-            group.create_task(client(turn))
+        for number in range(spec.lanes):
+            group.create_task(lane(turns[number :: spec.lanes]))
     cpu_s = time.process_time() - cpu_s
-    # Bounded by number, it is over when the last turn is.
-    span_s = (last if spec.turns is not None and last < end else end) - began
-    rate = in_time / span_s if span_s > 0 else 0.0
-    return Measured(len(ms), span_s, rate, ms, first_ms, cpu_s, errors)
+    # To the last turn's end, not to the round's: with turns as long as the round, what happened
+    # to end in time would say little.
+    span_s = max(last - began, 1e-9)
+    return Measured(len(ms), span_s, len(ms) / span_s, ms, first_ms, cpu_s, errors)
 
 
 def serve(connect: Connect, run: Callable[[Any], Any]) -> None:
@@ -211,22 +226,12 @@ class Generator:
 # Plain HTTP
 
 
-class _HttpClient(asyncio.Protocol):
-    """One keep-alive connection that sends the same request again and again."""
+class _Connection(asyncio.Protocol):
+    """A keep-alive connection for one request after the other."""
 
-    def __init__(self, client: Client, spec: Round, check: Checker) -> None:
-        self._expect = client.expect
+    def __init__(self, spec: Round) -> None:
+        self._check = checker(spec.kind)
         self._marker = b'"content"' if spec.kind == "chat" else b'"text"'
-        self._check = check
-        body = client.body.encode()
-        headers = {
-            "host": spec.address,
-            "content-type": "application/json",
-            **client.headers,
-            "content-length": str(len(body)),
-        }
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._request = f"POST {client.path} HTTP/1.1\r\n{lines}\r\n".encode() + body
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = b""
@@ -242,7 +247,7 @@ class _HttpClient(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    async def turn(self, address: tuple[str, int]) -> float:
+    async def turn(self, address: tuple[str, int], request: bytes, expect: str) -> float:
         if self._transport is None:
             await self.connect(*address)
         assert self._transport is not None
@@ -250,14 +255,14 @@ class _HttpClient(asyncio.Protocol):
         self._body_at = 0
         self._first = 0.0
         self._ended = self._loop.create_future()
-        self._transport.write(self._request)
+        self._transport.write(request)
         try:
             await self._ended
         except asyncio.CancelledError:
             self._transport.abort()
             raise
         body = self._received[self._body_at :]
-        self._check(body if self._length is not None else _unchunked(body), self._expect)
+        self._check(body if self._length is not None else _unchunked(body), expect)
         return self._first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -313,23 +318,36 @@ def _unchunked(body: bytes) -> bytes:
         at = end + 4 + size
 
 
+def _request(client: Client, address: str) -> bytes:
+    body = client.body.encode()
+    headers = {
+        "host": address,
+        "content-type": "application/json",
+        **client.headers,
+        "content-length": str(len(body)),
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST {client.path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
 @asynccontextmanager
-async def _http(spec: Round) -> Any:
+async def _http(spec: Round) -> AsyncIterator[Sequence[Turn]]:
     host, _, port = spec.address.rpartition(":")
     address = (host, int(port))
-    check = checker(spec.kind)
-    clients = [_HttpClient(client, spec, check) for client in spec.clients]
+    connections = [_Connection(spec) for _ in range(spec.lanes)]
+
+    def turn_of(number: int, client: Client) -> Turn:
+        connection = connections[number % spec.lanes]
+        request = _request(client, spec.address)
+        return lambda: connection.turn(address, request, client.expect)
+
     try:
-        for client in clients:
-            await client.connect(*address)
-
-        def turn_of(client: _HttpClient) -> Turn:
-            return lambda: client.turn(address)
-
-        yield [turn_of(client) for client in clients]
+        for connection in connections:
+            await connection.connect(*address)
+        yield [turn_of(number, client) for number, client in enumerate(spec.clients)]
     finally:
-        for client in clients:
-            client.close()
+        for connection in connections:
+            connection.close()
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ class Report:
 
     def print(self, columns: Mapping[str, Callable[[Series], object]]) -> None:
         """Print the series, with these columns behind their names, and the targets."""
-        wide = Console(highlight=False, width=max(self.console.width, 150))
+        wide = Console(highlight=False, width=max(self.console.width, 170))
         machine = self.machine
         load = machine["load_average_before"][0]
         wide.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ class Cell:
 
     name: str
     clients: int
+    idle: Mapping[str, float] = field(default_factory=dict)
     rounds: list[tuple[Measured, CpuUse]] = field(default_factory=list)
 
     def values(self, figure: str) -> list[float]:
@@ -60,10 +62,11 @@ class Cell:
         return sum(measured.turns for measured, _ in self.rounds)
 
     def cpu_ms(self) -> dict[str, float]:
-        """Return the CPU of a turn by group, in milliseconds."""
+        """Return the CPU of a turn by group in milliseconds, less what the group takes idle."""
         total: Counter[str] = Counter()
         for _, use in self.rounds:
             total.update(use.groups)
+            total.subtract({group: cores * use.seconds for group, cores in self.idle.items()})
         turns = max(1, self.turns)
         return {
             group: round(seconds / turns * 1000, 3)
@@ -112,9 +115,25 @@ class Rows:
         self._classify = classify
         self._seconds = seconds
         self._cells: dict[tuple[str, int], Cell] = {}
+        self._idle: dict[str, float] = {}
 
     def cell(self, name: str, clients: int) -> Cell:
-        return self._cells.setdefault((name, clients), Cell(name, clients))
+        """Return a row's cell; its rounds may be none yet."""
+        return self._cells.setdefault((name, clients), Cell(name, clients, self._idle))
+
+    async def rest(self, name: str) -> None:
+        """Measure what all processes take while nobody asks anything, for the rows that follow."""
+        meter = CpuMeter(self._classify)
+        meter.start()
+        await asyncio.sleep(self._seconds)
+        use = meter.stop()
+        cores = {
+            group: round(seconds / use.seconds, 4)
+            for group, seconds in sorted(use.groups.items())
+            if group != OTHERS
+        }
+        self._idle = {group: max(0.0, share) for group, share in cores.items()}
+        self._report.series.append(Series(name, "cores", {"n": 1, "cores": cores}))
 
     async def warm(self, rows: Sequence[Row], counts: Sequence[int], *, turns: int) -> None:
         """Let every client of every row have so many turns before it counts."""

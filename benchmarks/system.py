@@ -110,6 +110,7 @@ class AgentRay:
         self.data_dir = folder / "agentray"
         self.port = free_port()
         self.layout = Layout.of(str(self.data_dir))
+        folder.mkdir(exist_ok=True)
         self._log = folder / "up.log"
         self._environ = {
             **os.environ,
@@ -159,11 +160,16 @@ class AgentRay:
     def simulator_url(self) -> str:
         return f"http://{self.address}{SIMULATOR_PREFIX}/v1"
 
-    async def stop(self) -> None:
-        """End it in an orderly way; by force what is left of it after some time."""
-        if self._process is None:
+    async def stop(self, *, drain: bool = False) -> None:
+        """End it, after its sessions were released if it is to ``drain``."""
+        process, self._process = self._process, None
+        if process is None:
             return
-        await _end(self._process, _STOP_S)
+        if not drain and process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            # The second one tells it to hurry.
+            await asyncio.sleep(0.2)
+        await _end(process, _STOP_S)
         await end_processes(owned_processes(self.layout))
         shutil.rmtree(self.layout.runtime_dir, ignore_errors=True)
 

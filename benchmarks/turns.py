@@ -58,8 +58,8 @@ class Scale:
     actor_rounds_until_s: float
 
 
-FULL = Scale(6, 3.0, 20, 64, 4, 430.0, 640.0)
-QUICK = Scale(1, 0.5, 2, 4, 1, 60.0, 60.0)
+FULL = Scale(6, 2.5, 20, 64, 4, 430.0, 640.0)
+QUICK = Scale(1, 0.4, 2, 4, 1, 300.0, 300.0)
 
 
 def _turn_body(text: str, *, tps: float | None = None, **more: Any) -> str:
@@ -213,6 +213,7 @@ class Turns:
                 if row.kind == "session" and row.address != floor:
                     await self._make_sessions(lean, row)
             await rows.warm(compared, (ONE, MANY), turns=self._scale.warm_turns)
+            await rows.rest("idle, beside the floor and agentray")
             await self._rounds(
                 rows, compared, (ONE, MANY), self._scale.rounds, self._scale.rounds_until_s
             )
@@ -294,6 +295,7 @@ class Turns:
                 Row(ACTORS_PROXY, lean, "session", proxy, one_by_one, warm_turns=2),
             ]
             await rows.warm(compared, (MANY,), turns=self._scale.warm_turns)
+            await rows.rest("idle, beside agentray and the actors")
             await self._rounds(
                 rows,
                 compared,
@@ -367,14 +369,14 @@ COLUMNS: dict[str, Callable[[Series], object]] = {
     "p50 ms": _figure("p50"),
     "p90": _figure("p90"),
     "p99": _figure("p99"),
-    "CPU ms/turn": _figure("system_cpu_ms_per_turn"),
-    "hosts/floor/actors": _cpu("session hosts", FLOOR, "session actors", "actors' Serve replicas"),
+    "CPU/turn": _figure("system_cpu_ms_per_turn"),
+    "sessions": _cpu("session hosts", FLOOR, "session actors", "actors' Serve replicas"),
     "HAProxy": _cpu("HAProxy"),
-    "PostgreSQL": _cpu("PostgreSQL"),
+    "PG": _cpu("PostgreSQL"),
     "Redis": _cpu("Redis"),
-    "simulator": _cpu("simulator"),
-    "rest of Ray": _cpu("rest of Ray", "supervisor", "actors' driver"),
-    "load": _cpu(LOAD),
+    "sim": _cpu("simulator"),
+    "Ray": _cpu("rest of Ray", "supervisor", "actors' driver"),
+    "client": _cpu(LOAD),
 }
 
 
