@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,8 @@ class CpuMeter:
         seconds = time.monotonic() - self._at
         after = _times()
         groups = {**self._groups, **self._classify()}
-        used: Counter[str] = Counter()
-        others: Counter[str] = Counter()
+        used: defaultdict[str, float] = defaultdict(float)
+        others: defaultdict[str, float] = defaultdict(float)
         ours = os.getpid()
         for pid in self._before.keys() | after.keys():
             if pid == ours:

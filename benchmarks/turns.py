@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ class Turns:
         return {**self._system.groups(), **self._stores.groups(), **self._pids}
 
     @asynccontextmanager
-    async def _generator(self, module: str, *args: str) -> Any:
+    async def _generator(self, module: str, *args: str) -> AsyncIterator[Generator]:
         generator = await Generator.start(module, *args)
         self._pids[generator.pid] = LOAD
         try:
@@ -154,11 +154,11 @@ class Turns:
             await generator.stop()
 
     @asynccontextmanager
-    async def _running(self, group: str, *command: str, **ready: Any) -> Any:
+    async def _running(self, group: str, *command: str, **ready: Any) -> AsyncIterator[None]:
         log_file = self._folder / f"{group.replace(' ', '-')}.log"
         async with running(*command, log_file=log_file, **ready) as process:
             self._pids[process.pid] = group
-            yield process
+            yield
 
     # Floor, simulator and agentray
 
