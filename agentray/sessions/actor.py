@@ -25,6 +25,7 @@ class SessionActor:
     __slots__ = (
         "agent",
         "begun_ordinal",
+        "born",
         "cancel_requested",
         "dropped",
         "epoch",
@@ -50,6 +51,7 @@ class SessionActor:
         self.id = row.id
         self.agent = row.agent
         self.epoch = row.epoch
+        self.born = row.first_epoch
         self.inbox = row.inbox
         self.expires_at = row.expires_at
         self.latest_turn = row.latest_turn

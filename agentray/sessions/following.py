@@ -94,10 +94,10 @@ class Following:
         self, key: Key, after: Cursor, turn_id: str | None
     ) -> AsyncIterator[list[StreamItem]]:
         """Yield what ``Sessions.follow`` promises."""
-        cursor = await self._start(key, after, turn_id)
+        cursor, born = await self._start(key, after, turn_id)
         called_seq = await self._called_seq(key, cursor) if cursor == after else cursor.seq
         text = _TextInFlight(called_seq, cursor.offset)
-        hub = self._join(key, cursor.seq)
+        hub = self._join(key, cursor.seq, born)
         try:
             while True:
                 items: Sequence[StreamItem] | None = hub.read(cursor)
@@ -108,8 +108,11 @@ class Following:
                         self._keep_mirror(key, hub)
                     await hub.changed()
                     if self._hubs.get(key) is not hub:
+                        row = await self._store.session(*key)
+                        if row is None or not hub.is_of(row.first_epoch):
+                            raise _deleted(key)
                         self._leave(key, hub)
-                        hub = self._join(key, cursor.seq)
+                        hub = self._join(key, cursor.seq, row.first_epoch)
                     continue
                 for item in items:
                     cursor = item_cursor(item, cursor)
@@ -125,29 +128,33 @@ class Following:
         finally:
             self._leave(key, hub)
 
-    async def _start(self, key: Key, after: Cursor, turn_id: str | None) -> Cursor:
-        """Return the cursor to begin at. Raises if there is no such place."""
+    async def _start(self, key: Key, after: Cursor, turn_id: str | None) -> tuple[Cursor, int]:
+        """Return the cursor to begin at, and the session's ``first_epoch``.
+
+        Raises if there is no such place.
+        """
         hub = self._hubs.get(key)
         if hub is not None and hub.local and turn_id is not None:
             for event in hub.events:
                 if isinstance(event, TurnAccepted) and event.turn_id == turn_id:
                     self.check_cursor(after, hub.last_seq)
-                    return max(after, Cursor(event.seq - 1))
+                    return max(after, Cursor(event.seq - 1)), hub.born
         row = await self._store.session(*key)
         if row is None:
             raise SessionNotFoundError(f"there is no session {key[1]!r}", session_id=key[1])
         last_seq = max(row.last_seq, hub.last_seq if hub is not None and hub.local else 0)
         self.check_cursor(after, last_seq)
+        born = row.first_epoch
         if turn_id is None:
-            return after
+            return after, born
         turn = await self._store.turn(*key, turn_id)
         if turn is None:
             raise TurnNotFoundError(f"session {key[1]} has no turn {turn_id}", session_id=key[1])
         begins = turn.first_seq - 1 if turn.first_seq is not None else row.last_seq
         if turn.last_seq is not None and after.seq >= turn.last_seq:
             # All of it is known: show the end once more, so that the iterator ends.
-            return Cursor(turn.last_seq - 1)
-        return max(after, Cursor(begins))
+            return Cursor(turn.last_seq - 1), born
+        return max(after, Cursor(begins)), born
 
     async def _called_seq(self, key: Key, cursor: Cursor) -> int:
         """Return the call that a cursor may be in: takeovers can lie between it and its end."""
@@ -162,28 +169,40 @@ class Following:
     async def _page(self, key: Key, after: int, up_to: int) -> list[AnyEvent]:
         bodies = await self._store.events(*key, after=after, limit=_PAGE, up_to=up_to)
         if not bodies and await self._store.session(*key) is None:
-            raise SessionNotFoundError(f"session {key[1]!r} was deleted", session_id=key[1])
+            raise _deleted(key)
         return [decode_event(body) for body in bodies]
 
-    def _join(self, key: Key, seq: int) -> Hub:
+    def _join(self, key: Key, seq: int, born: int) -> Hub:
         hub = self._hubs.get(key)
+        if hub is not None and not hub.is_of(born):
+            self._abandon(key, hub)
+            hub = None
         if hub is None:
-            hub = self._hubs[key] = Hub(seq)
+            hub = self._hubs[key] = Hub(seq, born)
         hub.readers += 1
         return hub
+
+    def _abandon(self, key: Key, hub: Hub) -> None:
+        """Let the readers of a hub find that its session is gone; another may have its id."""
+        if self._hubs.get(key) is hub:
+            del self._hubs[key]
+            self._forget(key)
+        hub.notify()
 
     def _leave(self, key: Key, hub: Hub) -> None:
         hub.readers -= 1
         self._leave_unread(key, hub)
 
     def _leave_unread(self, key: Key, hub: Hub) -> None:
-        if not hub.wanted and not hub.live:
-            if self._hubs.get(key) is hub:
-                del self._hubs[key]
-            mirror = self._mirrors.pop(key, None)
-            if mirror is not None:
-                mirror.cancel()
-            self._followed.pop(key, None)
+        if not hub.wanted and not hub.live and self._hubs.get(key) is hub:
+            del self._hubs[key]
+            self._forget(key)
+
+    def _forget(self, key: Key) -> None:
+        mirror = self._mirrors.pop(key, None)
+        if mirror is not None:
+            mirror.cancel()
+        self._followed.pop(key, None)
 
     # Sessions that live elsewhere
 
@@ -206,15 +225,13 @@ class Following:
         """Feed a hub from the journal, and ask the session's owner to feed it live."""
         tenant, session_id = key
         pause_s = _POLL_S if key in self._followed else 0.0
-        while hub.readers and not hub.local:
+        while hub.readers and not hub.local and self._hubs.get(key) is hub:
             await asyncio.sleep(pause_s)
             pause_s = _POLL_S
             try:
                 row = await self._store.session(tenant, session_id)
-                if row is None:
-                    # Behind every reader, so that they ask the journal and find nothing.
-                    hub.rebase(hub.last_seq + 1)
-                    hub.notify()
+                if row is None or not hub.is_of(row.first_epoch):
+                    self._abandon(key, hub)
                     return
                 owner = row.owner if row.owner_alive else None
                 if owner is not None and owner != self._owner_id:
@@ -267,3 +284,7 @@ class Following:
             hub.notify()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*self._mirrors.values(), return_exceptions=True)
+
+
+def _deleted(key: Key) -> SessionNotFoundError:
+    return SessionNotFoundError(f"session {key[1]!r} was deleted", session_id=key[1])

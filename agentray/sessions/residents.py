@@ -154,7 +154,7 @@ class Residents:
             ) from error
         actor = SessionActor(claim.row, state, rules)
         actor.used_at = self._clock.monotonic()
-        if (hub := self._hubs.get(key)) is not None:
+        if (hub := self._hubs.get(key)) is not None and hub.is_of(actor.born):
             hub.local = True
             hub.notify()
         self._actors[key] = actor
@@ -283,7 +283,11 @@ class Residents:
     def _go_live(self, actor: SessionActor) -> None:
         """Give a turn that begins a hub of its own; readers that lag read the journal."""
         if actor.hub is None:
-            actor.hub = self._hubs.setdefault(actor.key, Hub())
+            stale = self._hubs.get(actor.key)
+            if stale is not None and not stale.is_of(actor.born):
+                del self._hubs[actor.key]
+                stale.notify()
+            actor.hub = self._hubs.setdefault(actor.key, Hub(born=actor.born))
         actor.hub.local = actor.hub.live = True
         actor.hub.rebase(actor.state.seq)
 

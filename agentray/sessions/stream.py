@@ -51,11 +51,14 @@ class Hub:
 
     ``readers`` counts who follows in this process; ``followers`` are other owners that do, with
     the time until which they said so. ``local``: the session is ours; ``live``: a turn runs.
+    ``born`` is the session's ``first_epoch``, 0 where it is not known: another session may have
+    the id later.
     """
 
     __slots__ = (
         "_waiting",
         "base_seq",
+        "born",
         "called_seq",
         "events",
         "followers",
@@ -67,8 +70,9 @@ class Hub:
         "visible",
     )
 
-    def __init__(self, base_seq: int = 0) -> None:
+    def __init__(self, base_seq: int = 0, born: int = 0) -> None:
         self.base_seq = base_seq
+        self.born = born
         self.events: list[AnyEvent] = []
         self.called_seq = 0
         self.start = 0
@@ -88,6 +92,12 @@ class Hub:
     @property
     def last_seq(self) -> int:
         return self.base_seq + len(self.events)
+
+    def is_of(self, born: int) -> bool:
+        """Return whether this is of the session born then, as far as that is known."""
+        if not self.born:
+            self.born = born
+        return not born or self.born == born
 
     def prune(self, now: float) -> None:
         """Forget followers that no longer say that they are."""
