@@ -151,13 +151,15 @@ def ray_environment(
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(layout.runtime_dir / "m.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+        # Into the file that Ray keeps of its output.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": "stderr format raw",
         # A log line per request, parsed in Python, for counts that agentray keeps itself.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 2) // 2))),
         # Two and a half descriptors a connection; it refuses to start with too few.
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(500, min(20_000, (files - 500) // 3))),
         # Bodies up to this size are looked into for the session that they name.
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "32768",
         # Silence: a turn that is not streamed says nothing until its end.
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest_turn_s + 60),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest_turn_s + 60),
@@ -193,14 +195,23 @@ def provide_token() -> dict[str, str]:
     """Return what Ray's token authentication needs; make the user's token if there is none.
 
     It is the file that Ray itself would make and use: drivers of this user get in without more.
+
+    Raises:
+        ConfigError: if it cannot be made.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if mode == "token" and not given:
         file = Path.home() / ".ray" / "auth_token"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as opened:
-                opened.write(secrets.token_hex(32))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as opened:
+                    opened.write(secrets.token_hex(32))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write Ray's token to {file} ({error.strerror}): "
+                "put one elsewhere and name it in RAY_AUTH_TOKEN_PATH"
+            ) from error
     return {"RAY_AUTH_MODE": mode}

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from agentray.app.environment import Ports
 from agentray.app.layout import Layout
-from agentray.app.processes import children, end_processes, owned_processes
+from agentray.app.processes import alive, children, end_processes, owned_processes
 from agentray.config.settings import Settings
 from agentray.errors import NotReadyError
 
 __all__ = ["RayHead"]
 
 _POLL_S = 0.05
+_WATCH_S = 0.1
 # Ray listens on loopback alone if that is its address, and on all interfaces if any other is.
 _LOOPBACK = "127.0.0.1"
 _VITAL = {"gcs_server", "raylet"}
@@ -78,18 +78,11 @@ class RayHead:
         """Return what happened when one of the head's vital processes has ended."""
         assert self._process is not None
         watched = {self._process.pid: "ray start", **self._vital}
-        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        with contextlib.ExitStack() as open_files:
+        while True:
             for pid, name in watched.items():
-                try:
-                    descriptor = os.pidfd_open(pid)
-                except ProcessLookupError:
+                if not alive(pid):
                     return f"{name} has ended"
-                open_files.callback(os.close, descriptor)
-                loop = asyncio.get_running_loop()
-                loop.add_reader(descriptor, _settle, ended, f"{name} has ended")
-                open_files.callback(loop.remove_reader, descriptor)
-            return await ended
+            await asyncio.sleep(_WATCH_S)
 
     async def stop(self) -> None:
         """End every process of the head and of all that ran in it.
@@ -135,11 +128,6 @@ class RayHead:
             # It carries what workers print to drivers; ours do not ask for it.
             "--include-log-monitor=false",
         ]
-
-
-def _settle(future: asyncio.Future[str], result: str) -> None:
-    if not future.done():
-        future.set_result(result)
 
 
 def _last_error(log_file: Path) -> str:

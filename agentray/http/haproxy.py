@@ -12,7 +12,8 @@ What changes:
   request names it: the header ``x-session-id``, the path, the body. A request that will make a
   session gets an id for it here, in ``x-agentray-new-session``: the session is born on the host
   where all that comes later will arrive.
-- Listeners are bound to one address, and answers of HAProxy's own are JSON in OpenAI's shape.
+- Listeners are bound to one address, HAProxy's own answers are JSON in OpenAI's shape, and
+  requests are not logged.
 - Ray's Python proxy is no fallback: it would answer in place of a host.
 """
 
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 from zlib import crc32
 
-__all__ = ["NEW_SESSION_HEADER", "rewrite", "unavailable_response"]
+__all__ = ["NEW_SESSION_HEADER", "error_responses", "rewrite"]
 
 NEW_SESSION_HEADER = "x-agentray-new-session"
 SESSION_HEADER = "x-session-id"
@@ -38,25 +39,27 @@ _ID_BITS = 20
 _WEIGHT = 64
 
 _MARK = "# rewritten by agentray\n"
-_UNAVAILABLE = (
-    '{"error":{"message":"No session host is available; try again.","type":"server_error",'
-    '"param":null,"code":"not_ready"}}'
-)
+_UNAVAILABLE = ("No session host is available; try again.", "server_error", "not_ready")
+_DEFAULTS = [
+    # Who sends half a request holds a connection no longer than this.
+    "    timeout http-request 30s",
+    "    errorfile 408 {errors}/408.http",
+]
 
 _KEY = "txn.agentray_key"
 _NEW = "txn.agentray_new"
-_BODY_WAIT = "10s"
+_BODY_WAIT = "30s"
 _MAKES_SESSION = "/v1/responses /v1/sessions"
 _MAKES_CONVERSATION = "/v1/conversations"
 
 
-def rewrite(config: str, *, bind: str, error_file: str, session_route: str = "/") -> str:
+def rewrite(config: str, *, bind: str, error_dir: str, session_route: str = "/") -> str:
     """Return Ray's configuration of HAProxy with the changes that this module is about.
 
     Args:
         config: what Ray generated; one that was rewritten already is returned as it is.
         bind: the address of all listeners.
-        error_file: a file with :func:`unavailable_response` in it.
+        error_dir: where :func:`error_responses` are, each in ``STATUS.http``.
         session_route: the route of the session hosts.
     """
     if config.startswith(_MARK):
@@ -73,11 +76,18 @@ def rewrite(config: str, *, bind: str, error_file: str, session_route: str = "/"
             out.append(line)
             if section and section == session_backend:
                 out.extend(_affinity())
+            elif words == ["defaults"]:
+                out.extend(line.format(errors=error_dir) for line in _DEFAULTS)
+            elif words == ["frontend", "http_frontend"]:
+                # A line for each request; what servers do is still logged.
+                out.append("    no log")
         elif words[:1] == ["bind"]:
             port = words[1].rsplit(":", 1)[1]
             out.append(" ".join(["   ", "bind", f"{_address(bind)}:{port}", *words[2:]]))
         elif words[:1] == ["errorfile"]:
-            out.append(f"    errorfile {words[1]} {error_file}")
+            out.append(f"    errorfile {words[1]} {error_dir}/{words[1]}.http")
+        elif words[:2] == ["stats", "socket"]:
+            out.append(line.replace(" mode 666 ", " mode 600 "))
         elif words[:1] == ["server"] and section:
             if words[-1] != "backup":
                 out.append(f"{line} id {ids[section, words[1]]} weight {_WEIGHT}")
@@ -85,23 +95,39 @@ def rewrite(config: str, *, bind: str, error_file: str, session_route: str = "/"
             # Nothing is deployed at "/": the system is starting or stopping.
             out.append(
                 "    http-request return status 503 content-type application/json "
-                f"hdr Retry-After 1 string '{_UNAVAILABLE}'"
+                f"hdr Retry-After 1 string '{_body(*_UNAVAILABLE)}'"
             )
         else:
             out.append(line)
     return _MARK + "\n".join(out) + "\n"
 
 
-def unavailable_response() -> str:
-    """Return the raw HTTP response that stands for every error of HAProxy's own."""
+def error_responses() -> dict[int, str]:
+    """Return the raw HTTP responses that stand for HAProxy's own, by its status.
+
+    What is no HTTP at all, or has a head that is larger than the buffer, is answered by a part of
+    HAProxy that knows its own text alone.
+    """
+    late = ("The request's body did not arrive in time.", "invalid_request_error", "timeout")
+    away = _response("503 Service Unavailable", *_UNAVAILABLE, "Retry-After: 1")
+    return {
+        408: _response("408 Request Timeout", *late, "Connection: close"),
+        # A host that went away in the middle is as good a reason to try again as none at all.
+        **dict.fromkeys((502, 503, 504), away),
+    }
+
+
+def _response(status: str, message: str, kind: str, code: str, header: str) -> str:
+    body = _body(message, kind, code)
     return (
-        "HTTP/1.1 503 Service Unavailable\r\n"
-        "Content-Type: application/json\r\n"
-        f"Content-Length: {len(_UNAVAILABLE)}\r\n"
-        "Retry-After: 1\r\n"
-        "Cache-Control: no-store\r\n"
-        f"\r\n{_UNAVAILABLE}"
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        f"Cache-Control: no-store\r\n{header}\r\n\r\n{body}"
     )
+
+
+def _body(message: str, kind: str, code: str) -> str:
+    """Return an error in OpenAI's shape."""
+    return f'{{"error":{{"message":"{message}","type":"{kind}","param":null,"code":"{code}"}}}}'
 
 
 def _affinity() -> list[str]:
@@ -181,11 +207,11 @@ def _address(bind: str) -> str:
 
 def _main(arguments: list[str]) -> None:
     config = Path(arguments[arguments.index("-f") + 1])
-    error_file = config.with_name("unavailable.http")
-    _replace(error_file, unavailable_response())
+    for status, response in error_responses().items():
+        _replace(config.with_name(f"{status}.http"), response)
     bind = os.environ["AGENTRAY_INTERNAL_BIND"]
     # In place: Ray knows its HAProxy by this path on the command line.
-    text = rewrite(config.read_text(encoding="utf-8"), bind=bind, error_file=str(error_file))
+    text = rewrite(config.read_text(encoding="utf-8"), bind=bind, error_dir=str(config.parent))
     _replace(config, text)
     program = os.environ["AGENTRAY_INTERNAL_HAPROXY"]
     os.execv(program, [program, *arguments])  # noqa: S606 - the same process must go on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ listen stats
 
 
 def rewritten(config: str = CONFIG, *, bind: str = "127.0.0.1") -> str:
-    return haproxy.rewrite(config, bind=bind, error_file="/tmp/e.http")
+    return haproxy.rewrite(config, bind=bind, error_dir="/tmp/e")
 
 
 def section(config: str, head: str) -> str:
@@ -94,9 +95,14 @@ def test_every_listener_is_on_the_address_that_was_asked_for(bind: str, shown: s
     assert binds == [f"{shown}:9101", f"{shown}:8000", f"{shown}:8404"]
 
 
-def test_the_error_response_has_the_length_that_it_says() -> None:
-    head, body = haproxy.unavailable_response().split("\r\n\r\n")
-    assert f"Content-Length: {len(body)}" in head
+def test_every_error_is_json_in_openais_shape_with_its_length() -> None:
+    responses = haproxy.error_responses()
+    files = re.findall(r"errorfile (\d+) /tmp/e/(\d+)\.http", rewritten())
+    assert {(str(status), str(status)) for status in responses} >= set(files) != set()
+    for response in responses.values():
+        head, body = response.split("\r\n\r\n")
+        assert f"Content-Length: {len(body)}" in head
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
 def test_response_ids_are_cut_where_their_session_begins() -> None:
