@@ -146,7 +146,7 @@ class Call:
         begun = False
         while True:
             due = self._due()
-            parts = list(deltas[sent:due])
+            parts = list(deltas[sent : max(due, 0)])
             if sent == 0 and parts:
                 parts[0] = b'{"role":"assistant",' + parts[0][1:]
             body = head + between.join(parts) + _CHUNK_END if parts else b""

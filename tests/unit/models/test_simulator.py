@@ -1,5 +1,6 @@
 """The simulator's protocol, spoken to as an ASGI application."""
 
+import asyncio
 import json
 import random
 from collections.abc import MutableMapping
@@ -17,8 +18,12 @@ async def exchange(
     """Return the messages that answer one request."""
     sent: list[MutableMapping[str, Any]] = []
 
+    bodies = iter([body or b""])
+
     async def receive() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": body or b"", "more_body": False}
+        for whole in bodies:
+            return {"type": "http.request", "body": whole, "more_body": False}
+        return await asyncio.Future()  # this client does not hang up
 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
@@ -105,6 +110,12 @@ async def test_what_is_streamed_is_what_is_answered_whole() -> None:
     chunks = [json.loads(line[6:]) for line in streamed.split(b"\n\n")[:-2]]
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == json.loads(whole)["choices"][0]["message"]["content"] == 'Grüße, "you" 🥊'
+
+
+async def test_nothing_is_said_before_the_first_token_is_due() -> None:
+    body = chat('!sim {"text": "late but whole", "ttft_ms": 5}', stream=True)
+    _, *writes = await exchange(simulator(), CHAT, body)
+    assert b"".join(write["body"] for write in writes).count(b'"content":') == 3
 
 
 async def test_the_prefix_of_a_conversation_is_cached_from_its_second_turn_on() -> None:
