@@ -1,0 +1,54 @@
+"""One system for the whole of the suite, and what its tests look at it through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from agentray.config.state import read_state
+from tests.system import System
+
+SETTINGS = {
+    # Short, so that a reader that takes nothing is dropped while a test watches.
+    "http": {"stream_write_timeout_s": 2, "keepalive_s": 1},
+    "sessions": {"idle_s": 15},
+    "models": {"simulator": {"tps": 2_000}},
+}
+
+
+@pytest.fixture(scope="package")
+def system() -> Iterator[System]:
+    """A whole system; one that runs already if AGENTRAY_TEST_DATA_DIR names its folder."""
+    running = os.environ.get("AGENTRAY_TEST_DATA_DIR")
+    if running:
+        system = System(Path(running), settings=SETTINGS)
+        state = read_state(running)
+        assert state is not None, f"nothing runs in {running}"
+        system.url, system.port = state.url, urlsplit(state.url).port or 80
+        yield system
+        system.close_sql()
+        return
+    # Not below pytest's own folders: they are kept after the tests, and this is a database.
+    folder = Path(tempfile.mkdtemp(prefix="agentray-test-"))
+    system = System(folder / "data", settings=SETTINGS).start()
+    try:
+        yield system
+        system.stop()
+    finally:
+        system.destroy()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="package")
+def http(system: System) -> Iterator[httpx.Client]:
+    """A client without retries, with many connections."""
+    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20)
+    with httpx.Client(base_url=system.url, timeout=60, limits=limits) as client:
+        yield client
