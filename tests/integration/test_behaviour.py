@@ -67,7 +67,7 @@ def test_a_session_without_an_id_gets_one(http: httpx.Client, placement: str) ->
     assert all(session_id.startswith("sess_") for session_id in ids)
 
 
-def test_sessions_are_listed_by_what_they_are_and_inpagess(
+def test_sessions_are_listed_by_what_they_are_and_in_pages(
     http: httpx.Client, placement: str
 ) -> None:
     user = f"user-{uuid.uuid4().hex}"
@@ -323,7 +323,7 @@ def test_one_key_at_the_same_time_makes_one_turn(session: Session) -> None:
 # The journal and its stream
 
 
-def test_the_journal_comes_inpagess(session: Session) -> None:
+def test_the_journal_comes_in_pages(session: Session) -> None:
     first, second = session.turn("one")["id"], session.turn("two")["id"]
     whole = session.events()
     assert [event["seq"] for event in whole] == list(range(1, 9))
