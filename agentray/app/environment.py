@@ -134,6 +134,8 @@ def ray_environment(
         # Serve's data plane: HAProxy in front, user code in the replica's own loop.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Else a replica's standard error, our log with it, waits in memory for a thousand lines.
+        "RAY_SERVE_LOG_TO_STDERR": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "agentray.app.hooks.middlewares",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
