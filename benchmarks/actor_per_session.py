@@ -10,7 +10,7 @@ An actor yields each chunk of the model as it is, the way such a design is writt
 Ray.
 
 ``python -m benchmarks.actor_per_session`` puts all that on a running Ray cluster, says ``ready``,
-and takes it off again at the end of its standard input.
+and takes it off again at the end of its standard input. Killed, it takes the actors with it.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ async def running(
     """Run a program from when it is ready until the block ends.
 
     It is ready when something listens on ``port``, or when it has said a line on its standard
-    output. It is told to end by the end of its standard input and by SIGTERM.
+    output.
     """
     with (log_file or Path(os.devnull)).open("ab") as log:
         process = await asyncio.create_subprocess_exec(
@@ -243,20 +243,15 @@ async def running(
                 await asyncio.sleep(_POLL_S)
         yield process
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        await _end(process, 30.0, patience_s=20.0 if says else 0.0)
+        await _end(process, 10.0)
 
 
-async def _end(
-    process: asyncio.subprocess.Process, timeout_s: float, *, patience_s: float = 0.0
-) -> None:
-    """End a process: let it end by itself for some time, then SIGTERM, then SIGKILL."""
-    for number, wait_s in ((None, patience_s), (signal.SIGTERM, timeout_s), (signal.SIGKILL, 10.0)):
+async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:
+    """End a process by SIGTERM, or by SIGKILL if that takes too long."""
+    for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 10.0)):
         if process.returncode is not None:
             return
-        if number is not None:
-            process.send_signal(number)
+        process.send_signal(number)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await process.wait()
