@@ -30,12 +30,14 @@ _POLL_S = 0.1
 
 
 def main() -> None:
-    """Do the job that standard input describes."""
-    job = json.load(sys.stdin)
+    """Do what standard input says."""
     # Serve refuses a request router of one's own on an application behind HAProxy, whose requests
     # it would not see. Ours is for the calls of handles. Serve looks here, in the driver, alone.
     os.environ.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
+    # Now: the cluster is still starting.
+    import_module("ray.serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    job = json.load(sys.stdin)
     try:
         _connect(job["address"])
         if job["do"] == "deploy":

@@ -14,65 +14,87 @@ from pydantic import BaseModel, SecretStr
 
 from agentray.errors import NotReadyError
 
-__all__ = ["FAILED", "RUNNING", "dump_settings", "run_job"]
+__all__ = ["FAILED", "RUNNING", "Job", "dump_settings"]
 
 RUNNING = "running"
 FAILED = "failed"
 """First words of the lines that a job writes."""
 
 
-async def run_job(
-    job: Mapping[str, Any],
-    *,
-    environ: Mapping[str, str],
-    log_file: Path,
-    timeout_s: float,
-    progress: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Have ``agentray.app.deploy`` do a job; being cancelled ends it.
+class Job:
+    """A process of ``agentray.app.deploy`` that imports Ray and then waits for what to do."""
 
-    Args:
-        progress: is called with the name of each application when it runs.
+    def __init__(self, process: asyncio.subprocess.Process, log_file: Path) -> None:
+        self._process = process
+        self._log_file = log_file
 
-    Raises:
-        NotReadyError: if the job failed or took too long; the message says why.
-    """
-    with log_file.open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "agentray.app.deploy",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            env=dict(environ),
-            start_new_session=True,
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    reason = ""
-    try:
-        async with asyncio.timeout(timeout_s):
-            process.stdin.write(json.dumps(job).encode())
-            process.stdin.write_eof()
-            while line := (await process.stdout.readline()).decode(errors="replace").strip():
-                kind, _, text = line.partition(" ")
-                if kind == RUNNING:
-                    progress(text)
-                elif kind == FAILED:
-                    reason = text
-            code = await process.wait()
-    except TimeoutError as error:
-        raise NotReadyError(
-            f"to {job['do']} took longer than {timeout_s:.0f} s, see {log_file}"
-        ) from error
-    finally:
-        if process.returncode is None:
+    @classmethod
+    async def prepare(cls, environ: Mapping[str, str], log_file: Path) -> Job:
+        """Start the process; the cluster need not be there yet."""
+        with log_file.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "agentray.app.deploy",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=dict(environ),
+                start_new_session=True,
+            )
+        return cls(process, log_file)
+
+    async def run(
+        self,
+        task: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Have it do something, once.
+
+        Args:
+            progress: is called with the name of each application when it runs.
+
+        Raises:
+            NotReadyError: if it failed or took too long; the message says why.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                code, reason = await self._done(task, progress)
+        except TimeoutError as error:
+            raise NotReadyError(
+                f"to {task['do']} took longer than {timeout_s:.0f} s, see {self._log_file}"
+            ) from error
+        if code != 0:
+            why = reason or f"exit code {code}"
+            raise NotReadyError(f"{task['do']} failed: {why} (see {self._log_file})")
+
+    async def close(self) -> None:
+        """End the process, wherever it is."""
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if code != 0:
-        raise NotReadyError(f"{job['do']} failed: {reason or f'exit code {code}'} (see {log_file})")
+                self._process.kill()
+            await self._process.wait()
+
+    async def _done(
+        self, task: Mapping[str, Any], progress: Callable[[str], None]
+    ) -> tuple[int, str]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with contextlib.suppress(ConnectionError):
+            stdin.write(json.dumps(task).encode())
+            await stdin.drain()
+        stdin.close()
+        reason = ""
+        while line := (await stdout.readline()).decode(errors="replace").strip():
+            kind, _, text = line.partition(" ")
+            if kind == RUNNING:
+                progress(text)
+            elif kind == FAILED:
+                reason = text
+        return await self._process.wait(), reason
 
 
 def dump_settings(settings: BaseModel) -> Any:

@@ -9,12 +9,34 @@ from collections.abc import Awaitable, Callable
 from agentray.app.report import Report
 from agentray.errors import AgentRayError, NotReadyError
 
-__all__ = ["keep"]
+__all__ = ["Patience", "keep"]
 
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 15.0
-_FAILURES = 6
-_STEADY_S = 60.0
+
+class Patience:
+    """How long to wait before the next try, and how often to try in a row.
+
+    A part that lived for a minute has shown that it can: what failed before is forgotten.
+    """
+
+    FIRST_PAUSE_S = 0.2
+    LONGEST_PAUSE_S = 15.0
+    TRIES = 6
+    STEADY_S = 60.0
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def lived(self, seconds: float) -> None:
+        """Take note of how long the part ran before it died."""
+        if seconds >= self.STEADY_S:
+            self.tries = 0
+
+    def next_pause_s(self) -> float | None:
+        """Return the pause before the next try, None when there shall be none."""
+        if self.tries == self.TRIES:
+            return None
+        self.tries += 1
+        return min(self.LONGEST_PAUSE_S, self.FIRST_PAUSE_S * 2 ** (self.tries - 1))
 
 
 async def keep(
@@ -24,34 +46,29 @@ async def keep(
     restart: Callable[[], Awaitable[None]],
     report: Report,
 ) -> None:
-    """Wait until a part dies and restart it, for ever; the pause doubles with each failure.
-
-    A failure is a restart that raised, or a part that died within a minute of its restart.
+    """Wait until a part dies and bring it back, for ever.
 
     Raises:
-        NotReadyError: after too many failures in a row.
+        NotReadyError: after too many failures in a row; a part that dies soon is a failure too.
     """
-    failures = 0
+    patience = Patience()
     while True:
         began = time.monotonic()
         reason = await wait_dead()
-        if time.monotonic() - began > _STEADY_S:
-            failures = 0
-        while True:
+        patience.lived(time.monotonic() - began)
+        while reason:
+            pause_s = patience.next_pause_s()
+            if pause_s is None:
+                raise NotReadyError(
+                    f"{name} failed {patience.tries} times in a row, the last time: {reason}"
+                )
             report.warn(f"{name}: {reason}; bringing it back")
-            await asyncio.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures))
-            failures += 1
+            await asyncio.sleep(pause_s)
+            done = report.begin(name)
             try:
-                done = report.begin(name)
                 await restart()
-                done("is back")
             except AgentRayError as error:
                 reason = error.message
-                if failures >= _FAILURES:
-                    raise NotReadyError(
-                        f"{name} could not be kept running, {failures} failures in a row: {reason}"
-                    ) from error
             else:
-                break
-        if failures >= _FAILURES:
-            raise NotReadyError(f"{name} died {failures} times in a row, the last time: {reason}")
+                reason = ""
+                done("is back")

@@ -29,7 +29,7 @@ from agentray.app.environment import (
     provide_token,
     ray_environment,
 )
-from agentray.app.jobs import dump_settings, run_job
+from agentray.app.jobs import Job, dump_settings
 from agentray.app.keeper import keep
 from agentray.app.layout import Layout
 from agentray.app.lock import exclusive
@@ -48,6 +48,7 @@ _LOOPBACK = "127.0.0.1"
 _DEPLOY_S = 300.0
 # Until Serve has noticed that it shall stop, and for what follows the drain.
 _STOP_MARGIN_S = 20.0
+_DOUBLE_S = 0.5
 _CURL_BODY = """-H 'content-type: application/json' -d '{"input": "hello"}'"""
 
 
@@ -73,8 +74,10 @@ class Supervisor:
         self._head = RayHead(self._settings, self._layout)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._deployer: Job | None = None
         self._deployed = False
         self._started_at = time.time()
+        self._stopped_at = 0.0
 
     async def run(self) -> int:
         """Run the system until a signal ends it; return the exit code.
@@ -181,11 +184,15 @@ class Supervisor:
         ports = find_ports(_LOOPBACK, self._layout)
         ours = ray_environment(self._settings, self._layout, ports, haproxy=find_haproxy())
         self._environ = {**ours, **provide_token()}
+        # It imports Ray while Ray starts.
+        self._deployer = await self._job()
         await self._head.start(ports, self._environ)
 
     async def _restart_head(self) -> None:
         self._deployed = False
         self._note(ready=False)
+        if self._deployer is not None:
+            await self._deployer.close()
         await self._head.stop()
         await self._stores.forget_hosts()
         await self._start_head()
@@ -193,20 +200,14 @@ class Supervisor:
         self._note(ready=True)
 
     async def _deploy(self, running: Callable[[str], None]) -> None:
-        job = asyncio.create_task(
-            run_job(
-                {
-                    "do": "deploy",
-                    "address": self._head.address,
-                    "settings": dump_settings(self._settings),
-                    "hosts_app": self._hosts_app,
-                },
-                environ=self._environ,
-                log_file=self._layout.logs_dir / "deploy.log",
-                timeout_s=_DEPLOY_S,
-                progress=running,
-            )
-        )
+        assert self._deployer is not None
+        task = {
+            "do": "deploy",
+            "address": self._head.address,
+            "settings": dump_settings(self._settings),
+            "hosts_app": self._hosts_app,
+        }
+        job = asyncio.create_task(self._deployer.run(task, timeout_s=_DEPLOY_S, progress=running))
         death = asyncio.create_task(self._head.wait_dead())
         try:
             await asyncio.wait({job, death}, return_when=asyncio.FIRST_COMPLETED)
@@ -216,6 +217,10 @@ class Supervisor:
             self._deployed = True
         finally:
             await _end_tasks(job, death)
+            await self._deployer.close()
+
+    async def _job(self) -> Job:
+        return await Job.prepare(self._environ, self._layout.logs_dir / "deploy.log")
 
     # Ending
 
@@ -225,6 +230,8 @@ class Supervisor:
             self._report.info("stopping: running turns are finished or handed over; again: at once")
             await self._drain()
         hurry = self._hurry.is_set()
+        if self._deployer is not None:
+            await self._deployer.close()
         await self._head.stop()
         await self._stores.stop(hurry=hurry)
         await end_processes(owned_processes(self._layout))
@@ -232,13 +239,10 @@ class Supervisor:
 
     async def _drain(self) -> None:
         """Take the session hosts off and wait until they have drained, or for a second signal."""
+        timeout_s = self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S
+        stopper = await self._job()
         job = asyncio.create_task(
-            run_job(
-                {"do": "stop", "address": self._head.address},
-                environ=self._environ,
-                log_file=self._layout.logs_dir / "deploy.log",
-                timeout_s=self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S,
-            )
+            stopper.run({"do": "stop", "address": self._head.address}, timeout_s=timeout_s)
         )
         hurry = asyncio.create_task(self._hurry.wait())
         death = asyncio.create_task(self._head.wait_dead())
@@ -250,6 +254,7 @@ class Supervisor:
             self._report.warn(error.message)
         finally:
             await _end_tasks(job, hurry, death)
+            await stopper.close()
 
     # Smaller things
 
@@ -289,9 +294,13 @@ class Supervisor:
             loop.add_signal_handler(number, self._signalled)
 
     def _signalled(self) -> None:
-        if self._stop.is_set():
+        now = time.monotonic()
+        # Whoever signals a group as well as its leader means one signal.
+        if self._stop.is_set() and now - self._stopped_at > _DOUBLE_S:
             self._hurry.set()
-        self._stop.set()
+        if not self._stop.is_set():
+            self._stopped_at = now
+            self._stop.set()
 
     def _write_shim(self) -> None:
         # -I -S: nothing of the user's or the site's is loaded, which takes most of the start.

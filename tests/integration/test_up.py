@@ -17,6 +17,7 @@ import psycopg
 import pytest
 import redis
 
+from agentray.app.processes import alive
 from agentray.config.state import read_state
 from tests.integration.systems import READY_S, System, eventually, kill
 
@@ -200,9 +201,18 @@ def test_after_a_kill_of_everything_it_starts_on_the_same_folder(tmp_path: Path)
             endless = pool.submit(system.get, "/slow", timeout_s=60, **{"x-seconds": "60"})
             eventually(lambda: system.get("/busy")["busy"] == 1)
             system.signal(signal.SIGINT)
-            eventually(lambda: "stopping" in system.said())
+            running = system.state.pid
+            # Signals that come together are one.
             system.signal(signal.SIGINT)
-            assert system.wait_end(timeout_s=15) == 0
+            eventually(lambda: "stopping" in system.said())
+            assert system.processes("ray::ServeReplica:hosts")
+
+            def ended() -> bool:
+                system.signal(signal.SIGINT)
+                return not alive(running)
+
+            eventually(ended, timeout_s=15)
+            assert system.wait_end() == 0
             assert endless.exception() is not None
         assert system.processes() == []
     finally:
