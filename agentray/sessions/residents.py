@@ -351,7 +351,7 @@ class Residents:
 
     def came_through(self, actor: SessionActor, host: str) -> None:
         """Note that a message arrived at another host; the second in a row moves the session."""
-        if actor.last_sender == host:
+        if actor.last_sender == host and self._placement == "shared":
             actor.other_host = host
         actor.last_sender = host
 
