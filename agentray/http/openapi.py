@@ -148,9 +148,11 @@ def _responses(route: Route[Any], by_type: dict[str, Any]) -> dict[str, Any]:
 def _answer_schema(answer: Answer, by_type: dict[str, Any]) -> dict[str, Any]:
     if answer.media_type == "application/json":
         return cast("dict[str, Any]", by_type[repr(answer.body)])
-    schema: dict[str, Any] = {"type": "string", "description": answer.text}
+    if answer.media_type != "text/event-stream":
+        return {"type": "string", "description": answer.text}
+    # A schema is of the whole text to some readers, to others of each event (OpenAPI 3.2 has an
+    # itemSchema for that): no type fits both.
+    schema: dict[str, Any] = {"description": answer.text, "contentMediaType": answer.media_type}
     if answer.body is not None:
-        # A stream is text; what each event's data is, no JSON schema can say of it.
-        schema["contentMediaType"] = answer.media_type
         schema["x-event-data"] = by_type[repr(answer.body)]
     return schema
