@@ -49,6 +49,7 @@ _DEPLOY_S = 300.0
 # Until Serve has noticed that it shall stop, and for what follows the drain.
 _STOP_MARGIN_S = 20.0
 _DOUBLE_S = 0.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CURL_BODY = """-H 'content-type: application/json' -d '{"input": "hello"}'"""
 
 
@@ -117,6 +118,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(stop, work, return_exceptions=True)
             await self._shut_down()
+            self._ignore_signals()
         if code == 0:
             self._layout.remove_runtime()
         return code
@@ -289,9 +291,14 @@ class Supervisor:
             ) from error
 
     def _listen_to_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signalled)
+        for number in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+
+    def _ignore_signals(self) -> None:
+        # All is done: the impatient shall not see a traceback.
+        for number in _SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def _signalled(self) -> None:
         now = time.monotonic()
