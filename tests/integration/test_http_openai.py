@@ -10,6 +10,9 @@ from typing import Any
 import openai
 import pytest
 
+from agentray.client.http import Client
+from tests.integration.unreliable import unreliable
+
 SCRIPT = {"text": "One two three four five six seven eight nine ten", "tokens": 10}
 SLOW = SCRIPT | {"tps": 20}
 
@@ -213,3 +216,27 @@ def test_the_same_idempotency_key_gives_the_same_response(ai: openai.OpenAI) -> 
     with pytest.raises(openai.ConflictError) as caught:
         ai.responses.create(input="something else", extra_headers=headers)
     assert caught.value.code == "idempotency_conflict"
+
+
+@pytest.mark.parametrize("where", ["new", "conversation"])
+@pytest.mark.parametrize("lost_bytes", [0, 40])
+def test_its_own_retries_double_no_turn(
+    base_url: str, ai: openai.OpenAI, where: str, lost_bytes: int
+) -> None:
+    user = f"user-{uuid.uuid4().hex}"
+    given: dict[str, Any] = {"user": user}
+    if where == "conversation":
+        given["conversation"] = ai.conversations.create().id
+    with (
+        unreliable(base_url, lambda n: lost_bytes if n < 2 else None) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=60.0) as losing,
+    ):
+        response = losing.responses.create(input="hello", **given)
+    assert response.status == "completed"
+    with Client(base_url) as client:
+        if where == "new":
+            (info,) = client.sessions.list(user=user).data
+        else:
+            info = client.sessions.get(given["conversation"])
+    assert info.turns == 1
+    assert response.id.endswith(info.id)
