@@ -13,7 +13,6 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -35,18 +34,19 @@ __all__ = [
     "ray_environment",
 ]
 
-REPLICA_PORTS = 200
 DRAIN_MARGIN_S = 3.0
 """Time for HAProxy's reload to take a stopping replica's traffic away from it."""
 
-_REPLICA_PORTS_FIRST = 20_000
-# Linux hands out 32768 and up to outgoing connections.
-_REPLICA_PORTS_END = 32_600
+_SLOT = 200
+_SINGLE = 6
+_FIRST_PORT = 20_000
+# Linux hands out 32768 and up to outgoing connections: what is free there now is not for long.
+_END_PORT = 32_600
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Ports of one start of Ray, free when they were chosen."""
+    """Ports of Ray and Serve on loopback: a system keeps its own, unless others took them."""
 
     gcs: int
     dashboard: int
@@ -57,44 +57,33 @@ class Ports:
     replicas: range
 
 
-def find_ports(host: str, layout: Layout) -> Ports:
-    """Return free ports on ``host``; those of replicas differ between systems."""
-    with ExitStack() as held:
-        single: list[int] = []
-        for _ in range(6):
-            listener = held.enter_context(socket.socket(_family(host), socket.SOCK_STREAM))
-            listener.bind((host, 0))
-            single.append(listener.getsockname()[1])
-    return Ports(*single, replicas=_replica_ports(host, layout))
+def find_ports(layout: Layout) -> Ports:
+    """Return ports that nobody listens on.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    slots = (_END_PORT - _FIRST_PORT) // _SLOT
+    first = int(layout.key[-8:], 16) % slots
+    for step in range(slots):
+        start = _FIRST_PORT + (first + step) % slots * _SLOT
+        # Of the replicas' a few may be taken: a replica tries the next one then.
+        if _free(range(start, start + _SINGLE + 8)):
+            single = range(start, start + _SINGLE)
+            return Ports(*single, replicas=range(single.stop, start + _SLOT))
+    raise ConfigError(f"no free ports from {_FIRST_PORT} to {_END_PORT} for Ray")
 
 
-def _replica_ports(host: str, layout: Layout) -> range:
-    slots = (_REPLICA_PORTS_END - _REPLICA_PORTS_FIRST) // REPLICA_PORTS
-    first_slot = int(layout.key[-8:], 16) % slots
-    candidates = [
-        range(start, start + REPLICA_PORTS)
-        for start in (
-            _REPLICA_PORTS_FIRST + (first_slot + step) % slots * REPLICA_PORTS
-            for step in range(slots)
-        )
-    ]
-    # A few listeners may be inside: a replica tries the next port then.
-    return next((ports for ports in candidates if _free(host, ports[:8])), candidates[0])
-
-
-def _free(host: str, ports: Iterable[int]) -> bool:
+def _free(ports: Iterable[int]) -> bool:
     for port in ports:
-        with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
+                probe.bind(("127.0.0.1", port))
+                probe.listen(1)
             except OSError:
                 return False
     return True
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def base_environment(layout: Layout) -> dict[str, str]:
@@ -139,7 +128,7 @@ def ray_environment(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "agentray.app.hooks.middlewares",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop - 1),
         # A stopping replica stays reachable this long, then closes its listener and drains.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_MARGIN_S),
         # HAProxy.

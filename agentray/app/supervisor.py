@@ -44,7 +44,6 @@ from agentray.http import haproxy
 
 __all__ = ["Supervisor"]
 
-_LOOPBACK = "127.0.0.1"
 _DEPLOY_S = 300.0
 # Until Serve has noticed that it shall stop, and for what follows the drain.
 _STOP_MARGIN_S = 20.0
@@ -183,7 +182,7 @@ class Supervisor:
         done(self._head.address)
 
     async def _start_head(self) -> None:
-        ports = find_ports(_LOOPBACK, self._layout)
+        ports = find_ports(self._layout)
         ours = ray_environment(self._settings, self._layout, ports, haproxy=find_haproxy())
         self._environ = {**ours, **provide_token()}
         # It imports Ray while Ray starts.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import socket
 from pathlib import Path
 
 import msgspec
@@ -11,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from agentray.app.address import door, url
-from agentray.app.environment import Ports, base_environment, ray_environment
+from agentray.app.environment import Ports, base_environment, find_ports, ray_environment
 from agentray.app.jobs import dump_settings
 from agentray.app.layout import Layout
 from agentray.app.lock import exclusive
@@ -86,11 +88,22 @@ def test_streams_outlive_a_reload_and_silence_for_as_long_as_a_turn_may_take() -
     assert int(found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"]) > 5_000
 
 
-def test_ports_of_two_systems_do_not_meet_what_linux_hands_out() -> None:
-    found = environment(Settings())
-    first = int(found["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
-    last = int(found["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])
-    assert 1024 < first < last < 32_768
+def test_ports_are_kept_and_lie_where_linux_hands_out_none() -> None:
+    layout = Layout.of("/tmp/x")
+    ports = find_ports(layout)
+    single = dataclasses.astuple(ports)[:-1]
+    assert len(set(single)) == len(single)
+    assert not set(single) & set(ports.replicas)
+    assert all(1024 < port < 32_768 for port in (*single, *ports.replicas))
+    assert find_ports(layout) == ports
+
+
+def test_ports_that_somebody_listens_on_are_left_to_them() -> None:
+    layout = Layout.of("/tmp/x")
+    ports = find_ports(layout)
+    with socket.create_server(("127.0.0.1", ports.haproxy_stats)):
+        others = find_ports(layout)
+    assert not {*dataclasses.astuple(ports)[:-1], *ports.replicas} & {*others.replicas, others.gcs}
 
 
 def test_every_child_is_marked_and_finds_agentray(monkeypatch: pytest.MonkeyPatch) -> None:
