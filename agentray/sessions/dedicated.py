@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 NAMESPACE = "agentray"
 _IDLE_POLL_S = 1.0
+_STOP_S = 15.0
 
 
 def actor_name(tenant: str, session_id: str) -> str:
@@ -129,7 +130,12 @@ class DedicatedSession:
             actor = process.residents.peek(key)
             busy = self._calls_running or (actor is not None and actor.busy)
             quiet_s = 0.0 if busy else quiet_s + _IDLE_POLL_S
-        await process.stop()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.stop()
+        except TimeoutError:
+            # Whatever holds it: as long as this process lives nobody else can run the session.
+            log.error("dedicated_session_stuck", session=self._id)
         log.info("dedicated_session_left", session=self._id)
         # Not exit_actor: this is no actor call. Without restart, or Ray would bring it back.
         own = cast(Any, ray.get_runtime_context()).current_actor

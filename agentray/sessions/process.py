@@ -36,6 +36,8 @@ __all__ = ["OwnerProcess"]
 
 log = get_logger(__name__)
 
+_CANCEL_AGAIN_S = 0.5
+
 _messages = msgspec.json.Decoder(WireMessage)
 
 
@@ -184,9 +186,13 @@ class OwnerProcess:
             return
         self._stopped = True
         await self.drain()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = set(self._tasks)
+        while left:
+            # Again and again: the pool's wait_for loses a cancellation when the connection that
+            # it waits for comes at the same moment (Python 3.11).
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
         await self._journal.stop()
         await self._tails.stop()
         await self.following.close()
