@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import operator
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -93,6 +94,7 @@ class Report:
     series: list[Series] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     other_cpu: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=lambda: Console(highlight=False))
     machine: dict[str, Any] = field(init=False)
@@ -111,6 +113,15 @@ class Report:
         self.notes.append(text)
         self.say(f"[yellow]note[/] {text}")
 
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure a part whose failure is said, and leaves the others their figures."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - said, and the exit code is 1
+            self.failed.append(name)
+            self.note(f"{name} could not be measured: {type(error).__name__}: {error}")
+
     def write(self, file: Path) -> None:
         """Write everything as JSON."""
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +137,7 @@ class Report:
             "series": [series.shown() for series in self.series],
             "targets": [target.shown() for target in self.targets],
             "notes": self.notes,
+            "failed": self.failed,
         }
         file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         self.say(f"written to {file}")

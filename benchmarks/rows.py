@@ -142,7 +142,8 @@ class Rows:
                 own = turns if row.warm_turns is None else min(turns, row.warm_turns)
                 if own:
                     measured = await row.generator.run(row.round(clients, turns=own))
-                    if measured.errors:
+                    # A proxy that reloads closes connections: a few may fail here, not many.
+                    if len(measured.errors) > 0.1 * own * clients:
                         raise RuntimeError(f"{row.name}: {measured.errors[0]}")
 
     async def round(self, rows: Sequence[Row], counts: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -183,6 +184,16 @@ class AgentRay:
     def hosts(self) -> list[int]:
         """Return the processes of the session hosts."""
         return [pid for pid, group in self.groups().items() if group == "session hosts"]
+
+    async def settled(self, *, quiet_s: float = 1.0, timeout_s: float = 30.0) -> None:
+        """Return when HAProxy has not been reloaded for some time; applications cause that."""
+        last: frozenset[int] = frozenset()
+        since = began = time.monotonic()
+        while time.monotonic() - since < quiet_s and time.monotonic() - began < timeout_s:
+            now = frozenset(pid for pid, group in self.groups().items() if group == "HAProxy")
+            if now != last:
+                last, since = now, time.monotonic()
+            await asyncio.sleep(0.1)
 
     def fallback_port(self) -> int:
         """Return the port of Serve's Python proxy, which runs beside HAProxy."""
