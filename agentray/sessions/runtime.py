@@ -113,6 +113,8 @@ class SessionRuntime:
             TurnNotBorn: the idempotency key exists, or others accepted turns meanwhile.
             OwnershipLostError: the session is another's.
         """
+        if actor.mailbox:
+            raise TurnNotBorn  # it came in before this task began
         before = actor.state
         commands = self._accept(actor, birth.turn_id, list(input), options)
         append, events = actor.take_append(born=birth)
