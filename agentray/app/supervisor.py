@@ -120,6 +120,7 @@ class Supervisor:
             self._ignore_signals()
         if code == 0:
             self._layout.remove_runtime()
+            self._report.info("stopped")
         return code
 
     async def _work(self) -> None:
