@@ -144,6 +144,14 @@ class Exchange:
         )
         await self.send({"type": "http.response.body", "body": body})
 
+    def abort(self) -> None:
+        """Close the connection at once, without what the client has not taken yet."""
+        # ASGI has no word for that, and a close waits for the client: for hours, if it must.
+        # uvicorn's send is a method of the object that holds the connection.
+        transport: Any = getattr(getattr(self.send, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
+
 
 def check_idempotency_key(key: str) -> str:
     """Return the key if it can be one; raise ``InvalidRequestError`` if not."""

@@ -41,6 +41,7 @@ _HEADERS: tuple[Header, ...] = (
     (b"x-accel-buffering", b"no"),
 )
 _LONGEST_TICK_S = 1.0
+_PIECE_BYTES = 64 * 1024
 
 
 class ModelDelta(msgspec.Struct, frozen=True, tag_field="type", tag="model.delta"):
@@ -157,6 +158,14 @@ class EventStream:
 
     async def write(self, frames: bytes, *, last: bool = False) -> None:
         """Send frames; returns when there is room for more."""
+        # The server takes in whatever it is given at once, and waits for room only then.
+        at = 0
+        while len(frames) - at > _PIECE_BYTES:
+            await self._send(frames[at : at + _PIECE_BYTES], last=False)
+            at += _PIECE_BYTES
+        await self._send(frames[at:], last=last)
+
+    async def _send(self, frames: bytes, *, last: bool) -> None:
         exchange = self._exchange
         self.writing_since = now = self._loop.time()
         if not exchange.started:
@@ -181,6 +190,8 @@ class EventStream:
         self._watchdog.remove(self)
         if self.listener is not None:
             self.listener.cancel()
+        if self.ended_by == "slow":
+            self._exchange.abort()
         if self.ended_by is None or self._task is None:
             return False
         # Somebody else may have cancelled the request too: that goes on.

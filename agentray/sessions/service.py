@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -427,9 +428,12 @@ def _not_found(session_id: str) -> SessionNotFoundError:
 def _decode_page(after: str) -> tuple[float, str]:
     created_at, separator, session_id = after.partition("~")
     try:
-        return float(created_at), check_session_id(session_id if separator else "", param="after")
+        before = float(created_at)
+        if not (separator and math.isfinite(before)):
+            raise ValueError(created_at)
     except ValueError as error:
         raise InvalidRequestError("after is not a cursor of this list", param="after") from error
+    return before, check_session_id(session_id, param="after")
 
 
 def _begun(
