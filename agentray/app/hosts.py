@@ -26,7 +26,8 @@ def _open_door(process: OwnerProcess) -> None:
             catalog=process.catalog,
             settings=process.settings,
             metrics=process.metrics_page,
-            stopping=process.stopping,
+            open_streams=process.metrics.streams,
+            draining=process.stopping,
         )
     )
 
@@ -48,7 +49,7 @@ def build_hosts_app(settings: Settings) -> Any:
         health_check_period_s=2,
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(
-            request_router_class=OwnerRouter,
+            request_router_class=cast(Any, OwnerRouter),
             request_router_kwargs={
                 "redis_url": settings.redis.url.get_secret_value(),
                 "timeout_s": settings.redis.timeout_s,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,6 +28,12 @@ __all__ = ["build_http_app"]
 log = get_logger(__name__)
 
 
+class Gauge(Protocol):
+    """What a gauge of Prometheus' client is here."""
+
+    def set_function(self, f: Callable[[], float]) -> None: ...
+
+
 def build_http_app(
     *,
     sessions: Sessions,
@@ -33,22 +41,27 @@ def build_http_app(
     catalog: ModelNames,
     settings: Settings,
     metrics: Metrics,
+    open_streams: Gauge | None = None,
     draining: asyncio.Event | None = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the application that serves all routes for this process's sessions.
 
-    ``metrics`` returns what ``/metrics`` answers, or awaits it. When ``draining`` is set, tails
+    ``metrics`` returns what ``/metrics`` answers, or awaits it; ``open_streams`` is to show how
+    many streams there are. When ``draining`` is set, tails
     of sessions end with a cursor; streams of turns go on to their end.
     """
     draining = draining or asyncio.Event()
+    watchdog = Watchdog(settings.http, draining)
+    if open_streams is not None:
+        open_streams.set_function(lambda: len(watchdog))
     door = Door(
         sessions=sessions,
         models=models,
         catalog=catalog,
         agents=settings.agents,
         settings=settings.http,
-        watchdog=Watchdog(settings.http, draining),
+        watchdog=watchdog,
         draining=draining,
         metrics=metrics,
         clock=clock or SystemClock(),
