@@ -1,0 +1,419 @@
+"""What a session does next, event by event."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import pytest
+from msgspec.structs import replace
+
+from agentray.events import (
+    AnyEvent,
+    Message,
+    ModelCalled,
+    ModelFailed,
+    ModelFinished,
+    ModelVoided,
+    ToolCall,
+    ToolCalled,
+    ToolFinished,
+    TurnAccepted,
+    TurnError,
+    TurnFinished,
+    TurnResumed,
+    Usage,
+    decode_event,
+    encode_event,
+)
+from agentray.memory.window import join
+from agentray.sessions.state import (
+    CANCELLED,
+    OWNER_LOST,
+    CallModel,
+    CallTools,
+    Command,
+    EndTurn,
+    JournalCorruptError,
+    RecoverModel,
+    Rules,
+    RunModel,
+    SessionState,
+    SettleUnknown,
+    Turn,
+    advance,
+    after_model_error,
+    fold,
+    resume,
+)
+
+RULES = Rules(window_turns=2, max_steps=2, model_attempts=3, recovery_attempts=2)
+BROKEN = TurnError("model_unavailable", "it broke")
+A, B = ToolCall("a", "again", "{}"), ToolCall("b", "once", '{"x":1}')
+
+
+class Story:
+    """A session told by its events; ``commands`` are what followed from the last one."""
+
+    def __init__(self, rules: Rules = RULES) -> None:
+        self.rules = rules
+        self.state = SessionState()
+        self.commands: tuple[Command, ...] = ()
+        self.events: list[AnyEvent] = []
+        self._turns = 0
+
+    @property
+    def turn(self) -> Turn:
+        assert self.state.turn is not None
+        return self.state.turn
+
+    def tell(self, kind: type[Any], **fields: Any) -> Story:
+        event = kind(seq=self.state.seq + 1, turn_id=f"turn{self._turns}", at=0.0, **fields)
+        # As the journal keeps it.
+        event = decode_event(encode_event(event))
+        self.state, self.commands = advance(self.state, event, self.rules)
+        self.events.append(event)
+        return self
+
+    def accepted(self, text: str = "hi") -> Story:
+        self._turns += 1
+        return self.tell(TurnAccepted, input=[Message("user", text)], agent="assistant")
+
+    def called(self, attempt: int = 1, step: int = 1, continued_from: int = 0) -> Story:
+        return self.tell(
+            ModelCalled, step=step, attempt=attempt, model="m", continued_from=continued_from
+        )
+
+    def answered(self, text: str = "yes", *calls: ToolCall, reason: str = "stop") -> Story:
+        return self.tell(
+            ModelFinished,
+            step=self.turn.step,
+            attempt=self.turn.attempt,
+            text=text,
+            finish_reason=reason,
+            tool_calls=list(calls),
+            usage=Usage(10, 2, 1),
+        )
+
+    def voided(self, text: str, *, continues: bool, reason: str = "model_unavailable") -> Story:
+        return self.tell(
+            ModelVoided,
+            step=self.turn.step,
+            attempt=self.turn.attempt,
+            reason=reason,
+            text=text,
+            continues=continues,
+        )
+
+    def tool_called(self, call: ToolCall, attempt: int = 1) -> Story:
+        return self.tell(
+            ToolCalled,
+            call_id=call.call_id,
+            name=call.name,
+            arguments=call.arguments,
+            attempt=attempt,
+        )
+
+    def tool_finished(self, call: ToolCall, output: str = "done") -> Story:
+        return self.tell(
+            ToolFinished, call_id=call.call_id, name=call.name, status="ok", output=output
+        )
+
+    def resumed(self, phase: str = "accepted") -> Story:
+        return self.tell(TurnResumed, phase=phase, epoch=7, owner="o")
+
+    def finished(self, status: str = "completed") -> Story:
+        return self.tell(TurnFinished, status=status)
+
+    def window(self) -> list[Any]:
+        return json.loads(b"[" + join(self.state.window) + b"]")
+
+
+def on_crash(tool: str) -> Literal["retry", "report"]:
+    return "retry" if tool == "again" else "report"
+
+
+def resume_of(story: Story, *, cancelled: bool = False) -> tuple[Command, ...]:
+    return resume(story.turn, story.rules, on_crash, cancelled=cancelled)
+
+
+# The way of a turn
+
+
+def test_an_accepted_turn_calls_the_model() -> None:
+    story = Story().accepted()
+    assert story.commands == (CallModel(1, 1),)
+    assert story.turn.phase == "accepted"
+
+
+def test_a_journaled_call_is_run() -> None:
+    story = Story().accepted().called()
+    assert story.commands == (RunModel(),)
+    assert (story.turn.phase, story.turn.called_seq) == ("model", 2)
+
+
+def test_an_answer_ends_the_turn_and_enters_the_window() -> None:
+    story = Story().accepted("hi").called().answered("yes")
+    assert story.commands == (EndTurn("completed"),)
+    story.finished()
+    assert story.commands == ()
+    assert story.state.turn is None
+    assert story.window() == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("length", "max_output_tokens"), ("content_filter", "content_filter")]
+)
+def test_an_answer_that_was_cut_is_incomplete(reason: str, code: str) -> None:
+    [end] = Story().accepted().called().answered(reason=reason).commands
+    assert isinstance(end, EndTurn)
+    assert end.status == "incomplete"
+    assert end.error is not None
+    assert end.error.code == code
+
+
+def test_tools_asked_for_at_once_are_called_at_once() -> None:
+    story = Story().accepted().called().answered("", A, B)
+    assert story.commands == (CallTools(((A, 1), (B, 1))),)
+
+
+def test_the_model_is_called_again_when_the_last_result_is_there() -> None:
+    story = Story().accepted().called().answered("", A, B).tool_called(A).tool_called(B)
+    assert story.tool_finished(B).commands == ()
+    assert story.tool_finished(A).commands == (CallModel(2, 1),)
+    assert story.turn.step == 2
+
+
+def test_results_follow_their_calls_in_the_order_of_the_calls() -> None:
+    story = Story().accepted().called().answered("let me see", A, B).tool_called(A).tool_called(B)
+    story.tool_finished(B, "of b").tool_finished(A, "of a").called(step=2).answered("so").finished()
+    _, asked, of_a, of_b, answer = story.window()
+    assert asked["content"] == "let me see"
+    assert [call["id"] for call in asked["tool_calls"]] == ["a", "b"]
+    assert (of_a["tool_call_id"], of_a["content"]) == ("a", "of a")
+    assert (of_b["tool_call_id"], of_b["content"]) == ("b", "of b")
+    assert answer["content"] == "so"
+
+
+def test_a_turn_that_made_its_model_calls_is_incomplete() -> None:
+    story = Story(replace(RULES, max_steps=1)).accepted().called().answered("", A).tool_called(A)
+    [end] = story.tool_finished(A).commands
+    assert isinstance(end, EndTurn)
+    assert end.status == "incomplete"
+    assert end.error is not None
+    assert end.error.code == "max_steps"
+
+
+def test_usage_of_all_steps_is_the_turns() -> None:
+    story = Story().accepted().called().answered("", A).tool_called(A).tool_finished(A)
+    assert story.called(step=2).answered().turn.usage == Usage(20, 4, 2)
+
+
+# Attempts that are lost
+
+
+def test_text_that_can_be_continued_is_continued() -> None:
+    story = Story().accepted().called().voided("half a", continues=True)
+    assert story.commands == (CallModel(1, 2, continued_from=6),)
+    assert story.turn.text == "half a"
+
+
+def test_text_that_cannot_be_continued_is_begun_anew() -> None:
+    story = Story().accepted().called().voided("half a", continues=False)
+    assert story.commands == (CallModel(1, 2, continued_from=0),)
+    assert story.turn.text == ""
+
+
+def test_what_was_streamed_stays_in_the_window_of_a_cancelled_turn() -> None:
+    story = Story().accepted("hi").called().voided("half a", continues=False, reason="cancelled")
+    assert story.finished("cancelled").window()[1] == {"role": "assistant", "content": "half a"}
+
+
+def test_a_failed_call_ends_the_turn_and_leaves_what_was_streamed() -> None:
+    story = Story().accepted("hi").called()
+    story.tell(ModelFailed, step=1, attempt=1, error=BROKEN, text="half a")
+    assert story.commands == (EndTurn("failed", BROKEN),)
+    assert story.finished("failed").window()[1] == {"role": "assistant", "content": "half a"}
+
+
+def test_a_turn_that_ends_among_its_tools_says_what_became_of_each_call() -> None:
+    c = ToolCall("c", "once", "{}")
+    story = Story().accepted().called().answered("", A, B, c).tool_called(A).tool_called(B)
+    results = story.tool_finished(A, "of a").finished("cancelled").window()[2:]
+    assert [result["tool_call_id"] for result in results] == ["a", "b", "c"]
+    assert results[0]["content"] == "of a"
+    assert "unknown" in results[1]["content"]
+    assert "before this call was run" in results[2]["content"]
+
+
+def lose(story: Story, *, retryable: bool = True, text: str = "", continues: bool = False) -> Any:
+    return after_model_error(
+        story.turn,
+        retryable=retryable,
+        error=BROKEN,
+        text=text,
+        continues=continues,
+        rules=story.rules,
+    )
+
+
+def test_a_lost_call_is_tried_again_as_often_as_the_rules_say() -> None:
+    story = Story().accepted()
+    for attempt in (1, 2):
+        event = lose(story.called(attempt), text="x")
+        assert isinstance(event, ModelVoided)
+        assert (event.attempt, event.text, event.reason) == (attempt, "x", "model_unavailable")
+        story.voided("x", continues=False)
+    event = lose(story.called(3), text="y")
+    assert isinstance(event, ModelFailed)
+    assert (event.error, event.text) == (BROKEN, "y")
+
+
+def test_attempts_that_died_with_their_owner_do_not_count_as_the_models() -> None:
+    story = Story().accepted()
+    for attempt in (1, 2, 3):
+        story.called(attempt).resumed("model").voided("", continues=False, reason=OWNER_LOST)
+    assert isinstance(lose(story.called(4)), ModelVoided)
+
+
+def test_a_call_that_the_model_refused_for_good_is_not_tried_again() -> None:
+    assert isinstance(lose(Story().accepted().called(), retryable=False), ModelFailed)
+
+
+def test_nothing_streamed_is_nothing_to_continue() -> None:
+    story = Story().accepted().called()
+    assert not lose(story, text="", continues=True).continues
+    assert lose(story, text="x", continues=True).continues
+
+
+# Taking over
+
+
+def test_a_turn_that_had_no_call_yet_is_called() -> None:
+    assert resume_of(Story().accepted().resumed()) == (CallModel(1, 1),)
+
+
+def test_a_voided_call_is_called_again_behind_its_text() -> None:
+    story = Story().accepted().called().voided("half", continues=True).resumed()
+    assert resume_of(story) == (CallModel(1, 2, 4),)
+
+
+def test_a_running_call_is_recovered() -> None:
+    story = Story().accepted().called().resumed("model")
+    assert resume_of(story) == (RecoverModel(1, 1, called_seq=2),)
+
+
+def test_tools_that_had_not_begun_are_called() -> None:
+    story = Story().accepted().called().answered("", A, B).resumed("tools")
+    assert resume_of(story) == (CallTools(((A, 1), (B, 1))),)
+
+
+def test_settled_calls_are_left_alone_and_begun_ones_follow_their_tool() -> None:
+    c, d = ToolCall("c", "again", "{}"), ToolCall("d", "once", "{}")
+    story = Story().accepted().called().answered("", A, B, c, d)
+    for call in (A, B, c, d):
+        story.tool_called(call)
+    story.tool_finished(A).tool_finished(d).resumed("tools")
+    assert resume_of(story) == (SettleUnknown(B), CallTools(((c, 2),)))
+
+
+def test_an_answer_that_is_whole_is_only_ended() -> None:
+    story = Story().accepted().called().answered()
+    for _ in range(5):
+        story.resumed("finishing")
+    assert resume_of(story, cancelled=True) == (EndTurn("completed"),)
+
+
+def test_a_turn_without_progress_is_given_up() -> None:
+    story = Story().accepted().resumed().resumed()
+    assert resume_of(story) == (CallModel(1, 1),)
+    [end] = resume_of(story.resumed())
+    assert isinstance(end, EndTurn)
+    assert end.status == "failed"
+    assert end.error is not None
+    assert end.error.code == "recovery_exhausted"
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_what_was_shown_of_an_answer_is_journaled_before_its_turn_is_given_up(
+    cancelled: bool,
+) -> None:
+    story = Story().accepted().called()
+    for _ in range(1 if cancelled else 3):
+        story.resumed("model")
+    recover, end = resume_of(story, cancelled=cancelled)
+    assert recover == RecoverModel(1, 1, 2)
+    assert isinstance(end, EndTurn)
+    assert (end is CANCELLED) == cancelled
+
+
+@pytest.mark.parametrize("by", ["answer", "tool"])
+def test_progress_makes_takeovers_forgotten(by: str) -> None:
+    story = Story().accepted().resumed().resumed().called().answered("", A, B)
+    if by == "tool":
+        story.resumed("tools").resumed("tools").tool_called(A).tool_finished(A)
+    assert isinstance(resume_of(story.resumed("tools").resumed("tools"))[-1], CallTools)
+
+
+def test_a_cancelled_turn_is_not_gone_on_with() -> None:
+    story = Story().accepted().called().answered("", A).tool_called(A).resumed("tools")
+    assert resume_of(story, cancelled=True) == (CANCELLED,)
+
+
+# The journal
+
+
+def test_the_window_holds_the_last_turns() -> None:
+    story = Story()
+    for number in range(4):
+        story.accepted(f"q{number}").called().answered(f"a{number}").finished()
+    assert [message["content"] for message in story.window()] == ["q2", "a2", "q3", "a3"]
+    assert story.state.turns == 4
+
+
+def test_a_suffix_from_a_turns_beginning_folds_to_the_same_window() -> None:
+    story = Story()
+    for number in range(4):
+        story.accepted(f"q{number}").called().answered(f"a{number}").finished()
+    suffix = fold(SessionState(seq=8, turns=2), story.events[8:], RULES)
+    assert suffix == story.state
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s: s.accepted(),
+        lambda s: s.called().called(2),
+        lambda s: s.called(attempt=2),
+        lambda s: s.called(step=2),
+        lambda s: s.answered(),
+        lambda s: s.tool_called(A),
+        lambda s: s.called().answered("", A).called(step=1),
+        lambda s: s.called().answered("", A).tool_finished(B),
+        lambda s: s.called().answered("", A, B).tool_finished(A).tool_finished(A),
+        lambda s: s.called().answered("", A, B).tool_finished(A).tool_called(A),
+        lambda s: s.called().answered().called(2),
+        lambda s: s.finished().finished(),
+    ],
+)
+def test_events_that_cannot_follow_are_refused(wrong: Any) -> None:
+    with pytest.raises(JournalCorruptError):
+        wrong(Story().accepted())
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+def test_a_gap_or_a_repetition_is_refused(seq: int) -> None:
+    story = Story().accepted()
+    event = ModelCalled(seq=seq, turn_id="turn1", at=0.0, step=1, attempt=1, model="m")
+    with pytest.raises(JournalCorruptError):
+        advance(story.state, event, RULES)
+
+
+def test_an_event_of_another_turn_is_refused() -> None:
+    story = Story().accepted()
+    event = ModelCalled(seq=2, turn_id="turn2", at=0.0, step=1, attempt=1, model="m")
+    with pytest.raises(JournalCorruptError):
+        advance(story.state, event, RULES)
