@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import cast
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, cast
 
 import msgspec
 
 from agentray.agents.spec import Agents
 from agentray.clock import Clock, SystemClock
 from agentray.config.settings import Settings
+from agentray.errors import AgentRayError
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient
 from agentray.sessions.base import Placement
@@ -141,7 +142,7 @@ class OwnerProcess:
             self.metrics.registry, self.ownership.owner_id, self.redis, self._observe
         )
         self._tasks: list[asyncio.Task[None]] = []
-        self._hints: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
         self.launch = launch_dedicated or _cannot_launch
         self.stopping = asyncio.Event()
         """Set when this process begins to drain: endless streams end with a cursor."""
@@ -208,11 +209,13 @@ class OwnerProcess:
 
     def _claimed(self, key: Key) -> None:
         if self._hint is not None:
-            task = asyncio.get_running_loop().create_task(
-                self.redis.hint_owner(key[0], key[1], self._hint)
-            )
-            self._hints.add(task)
-            task.add_done_callback(self._hints.discard)
+            self._keep(self.redis.hint_owner(key[0], key[1], self._hint))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; it handles its own errors."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def _observe(self) -> None:
         self.metrics.resident.set(len(self.residents))
@@ -249,7 +252,17 @@ class OwnerProcess:
         if message.kind == "wake":
             if message.sender:
                 self.residents.came_through(actor, message.sender)
+            if message.turn is None or not self.residents.deliver(
+                actor, message.inbox, message.turn
+            ):
+                # Beside the others: a query for each would hold up all that comes behind.
+                self._keep(self._look(key))
+
+    async def _look(self, key: Key) -> None:
+        try:
             await self.residents.look_into_inbox(key)
+        except AgentRayError as error:
+            log.warning("wake_failed", session=key[1], error=str(error))
 
 
 async def _cannot_launch(tenant: str, session_id: str) -> None:

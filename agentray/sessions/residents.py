@@ -327,6 +327,15 @@ class Residents:
         if actor is not None:
             await self._take_mail(actor)
 
+    def deliver(self, actor: SessionActor, inbox: int, row: TurnRow) -> bool:
+        """Take up a turn that another host accepted; False if there may be more than that."""
+        if actor.dropped or actor.key in self._releasing or inbox != actor.inbox + 1:
+            return False
+        actor.inbox = inbox
+        if self._queue(actor, [row]) and not actor.busy and not self.draining:
+            self._start(actor, None)
+        return True
+
     async def _take_mail(self, actor: SessionActor) -> None:
         found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
         if actor.dropped:
@@ -334,7 +343,8 @@ class Residents:
         if found is None:
             self.lose(actor)
             return
-        actor.inbox, turns = found
+        # Meanwhile a message may have told of a later turn.
+        actor.inbox, turns = max(actor.inbox, found[0]), found[1]
         for row in turns:
             if row.cancel_requested:
                 self.cancel_here(actor, row.id)

@@ -288,10 +288,12 @@ class SessionService:
         assert accepted.turn is not None
         if accepted.outcome == "duplicate":
             return self._duplicate(session_id, accepted.turn, acceptance.request_hash)
-        await self._wake((acceptance.tenant, session_id), accepted)
+        await self._wake(
+            (acceptance.tenant, session_id), accepted, interrupts=acceptance.if_busy == "interrupt"
+        )
         return turn_info(session_id, accepted.turn, None)
 
-    async def _wake(self, key: Key, accepted: Accepted) -> None:
+    async def _wake(self, key: Key, accepted: Accepted, *, interrupts: bool) -> None:
         """See that an accepted turn is run soon. It is run in any case: the sweep finds it."""
         tenant, session_id = key
         if accepted.owner == self._ownership.owner_id:
@@ -303,6 +305,9 @@ class SessionService:
                 tenant=tenant,
                 session_id=session_id,
                 sender=self._ownership.owner_id,
+                # The turn itself saves its owner from asking; cancellations are looked up.
+                turn=None if interrupts else accepted.turn,
+                inbox=accepted.inbox,
             )
             self._tails.send([accepted.owner], message)
         elif accepted.placement == "dedicated":

@@ -18,7 +18,7 @@ import msgspec
 
 from agentray.events import AnyEvent, ModelCalled, decode_event, encode_event
 from agentray.sessions.base import Cursor, Delta, StreamItem
-from agentray.storage.base import Wire
+from agentray.storage.base import TurnRow, Wire
 
 __all__ = ["Hub", "TailWriter", "WireMessage", "tail_key"]
 
@@ -31,7 +31,8 @@ def tail_key(tenant: str, session_id: str, called_seq: int) -> str:
 class WireMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What owners say to each other about a session.
 
-    ``wake``: its inbox changed. ``follow``: ``sender`` has readers of it and wants what is live.
+    ``wake``: its inbox changed, by ``turn`` alone if that is given and the owner's count was one
+    less than ``inbox``. ``follow``: ``sender`` has readers of it and wants what is live.
     ``live``: to a follower, ``events`` that committed and ``text`` of the call ``called_seq``
     from offset ``start`` on. ``deleted``: drop it.
     """
@@ -40,6 +41,8 @@ class WireMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str
     session_id: str
     sender: str = ""
+    turn: TurnRow | None = None
+    inbox: int = 0
     events: list[msgspec.Raw] = []
     called_seq: int = 0
     start: int = 0

@@ -157,13 +157,15 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of an acceptance; ``owner`` is who should be woken, alive or not."""
+    """What became of an acceptance; ``owner`` is who should be woken, alive or not, and ``inbox``
+    the session's count with this turn."""
 
     outcome: Literal["accepted", "duplicate", "busy", "outdated", "full", "closed", "gone"]
     owner: str | None = None
     owner_alive: bool = False
     placement: Literal["shared", "dedicated"] = "shared"
     last_seq: int = 0
+    inbox: int = 0
     turn: TurnRow | None = None
 
 

@@ -310,6 +310,7 @@ class PostgresStore:
             owner_alive=bool(row["at_owner_alive"]),
             placement=row["at_placement"] or "shared",
             last_seq=row["at_seq"] or 0,
+            inbox=row["at_inbox"] or 0,
             turn=turn,
         )
 

@@ -80,7 +80,7 @@ MIGRATIONS: tuple[str, ...] = (
         new_input text, new_options text, if_busy text, after_turn text, max_queued int,
         term_s float8,
         OUT outcome text, OUT at_owner text, OUT at_owner_alive boolean, OUT at_placement text,
-        OUT at_seq bigint, OUT turn_ordinal bigint, OUT turn_at float8
+        OUT at_seq bigint, OUT at_inbox bigint, OUT turn_ordinal bigint, OUT turn_at float8
     ) LANGUAGE plpgsql VOLATILE AS $accept$
     DECLARE
         s sessions%ROWTYPE;
@@ -94,6 +94,7 @@ MIGRATIONS: tuple[str, ...] = (
         at_owner := s.owner;
         at_placement := s.placement;
         at_seq := s.last_seq;
+        at_inbox := s.inbox;
         at_owner_alive := EXISTS (
             SELECT 1 FROM hosts h WHERE h.id = s.owner AND greatest(
                 h.beat_at, pg_postmaster_start_time()) > now() - make_interval(secs => term_s));
@@ -130,6 +131,7 @@ MIGRATIONS: tuple[str, ...] = (
                 new_input, new_options)
         RETURNING t.ordinal, extract(epoch FROM t.accepted_at)::float8
         INTO turn_ordinal, turn_at;
+        at_inbox := s.inbox + 1;
         UPDATE sessions SET inbox = inbox + 1, latest_turn = new_turn, parked_reason = NULL,
             updated_at = now()
         WHERE tenant = of_tenant AND id = of_session;
