@@ -52,7 +52,8 @@ class ModelCaller(Protocol):
         Raises:
             ModelNotFoundError: no such model in the catalog.
             ModelRateLimitedError: 429; with ``retry_after_s`` where the endpoint named one.
-            ModelUnavailableError: unreachable, 5xx, stalled, closed early, malformed.
+            ModelUnavailableError: unreachable (with ``unreached``), 5xx (with ``status``),
+                stalled, closed early, malformed.
             ModelError: any other refusal, with ``status``.
         """
         ...

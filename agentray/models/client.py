@@ -193,8 +193,10 @@ class ModelClient:
             raise unavailable(target.model, "did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
             reached = not isinstance(error, aiohttp.ClientConnectorError)
-            what = "broke off" if reached else "cannot be reached"
-            raise unavailable(target.model, f"{what}: {shown(error)}") from error
+            if not reached:
+                said = f"cannot be reached: {shown(error)}"
+                raise unavailable(target.model, said, unreached=True) from error
+            raise unavailable(target.model, f"broke off: {shown(error)}") from error
         wait = retry_after_s(response.headers.get("Retry-After"), self._clock.now())
         raise refusal(target.model, response.status, said, retry_after=wait, secret=target.secret)
 

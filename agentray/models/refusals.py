@@ -80,9 +80,9 @@ def refusal_in_answer(model: str, body: bytes, secret: str | None = None) -> Mod
     return ModelUnavailableError(said, **fields)
 
 
-def unavailable(model: str, what: str) -> ModelUnavailableError:
+def unavailable(model: str, what: str, **fields: Any) -> ModelUnavailableError:
     """Return the error for a model that did not answer, or not as it should."""
-    return ModelUnavailableError(f"model {model!r} {what}", model=model)
+    return ModelUnavailableError(f"model {model!r} {what}", model=model, **fields)
 
 
 def retry_after_s(value: str | None, now: float) -> float | None:

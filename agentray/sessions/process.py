@@ -19,6 +19,7 @@ from agentray.sessions.base import Placement
 from agentray.sessions.following import Following
 from agentray.sessions.journal import Journal
 from agentray.sessions.ownership import Ownership
+from agentray.sessions.patience import PatientModels
 from agentray.sessions.recovery import Recovery
 from agentray.sessions.residents import Key, Residents
 from agentray.sessions.runtime import SessionRuntime
@@ -87,7 +88,7 @@ class OwnerProcess:
             wire=self.redis,
             tails=self._tails,
             confirm=self.ownership.confirm,
-            models=self.models,
+            models=PatientModels(self.models, clock),
             continues_text=lambda name: self.catalog.resolve(name).continues_text,
             default_model=self.catalog.default,
             agents=self.agents,
