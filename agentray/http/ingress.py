@@ -24,6 +24,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_DRAINING = b"DRAINING"
+
 # One replica to a process, and Serve offers no other way from its HTTP server to the
 # deployment's instance.
 _mounted: AsgiApp | None = None
@@ -49,10 +51,36 @@ class Ingress:
         _inner = self._inner = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _mounted is None or scope["path"].startswith("/-/"):
-            await self._inner(scope, receive, send)
-        else:
+        path: str = scope["path"]
+        if _mounted is not None and not path.startswith("/-/"):
             await _mounted(scope, receive, send)
+        elif path == "/-/healthz":
+            await self._inner(scope, receive, _alive_while_draining(send))
+        else:
+            await self._inner(scope, receive, send)
+
+
+def _alive_while_draining(send: Send) -> Send:
+    """Return a ``send`` that lets a replica which is being stopped pass for healthy.
+
+    It answers until its listener closes, and Serve takes it from HAProxy's list before. Were it
+    down at once, HAProxy could be without any server while its successor is not listed yet.
+    """
+    start: Message = {}
+
+    async def adjusted(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        if start:
+            if _DRAINING in message.get("body", b""):
+                start = {**start, "status": 200}
+            await send(start)
+            start = {}
+        await send(message)
+
+    return adjusted
 
 
 async def replica_is_draining() -> bool:
@@ -71,7 +99,7 @@ async def replica_is_draining() -> bool:
         nonlocal draining
         # 503 is also the answer of a replica that failed its health check; that one serves on.
         if message["type"] == "http.response.body":
-            draining = draining or b"DRAINING" in message.get("body", b"")
+            draining = draining or _DRAINING in message.get("body", b"")
 
     await _inner(
         {

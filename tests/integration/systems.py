@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from agentray.app.jobs import dump_settings
 from agentray.app.layout import Layout
 from agentray.app.processes import alive, owned_processes
+from agentray.config.settings import Settings
 from agentray.config.state import RunState, read_state
 
 READY_S = 240.0
@@ -84,6 +86,29 @@ class System:
         """Return the system's processes, or those whose command line holds one of ``words``."""
         pids = owned_processes(self.layout)
         return [pid for pid in pids if not words or any(word in command(pid) for word in words)]
+
+    def deploy_again(self) -> subprocess.Popen[bytes]:
+        """Put the applications on Serve once more, which replaces each replica by a new one."""
+        (raylet,) = self.processes("raylet/raylet")
+        inherited = Path(f"/proc/{raylet}/environ").read_text().split("\0")
+        settings = Settings.model_validate_json(self._arguments[-1])
+        job = {
+            "do": "deploy",
+            "address": self.state.ray_address,
+            "settings": dump_settings(settings),
+            "hosts_app": self._arguments[-2],
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agentray.app.deploy"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=dict(entry.split("=", 1) for entry in inherited if entry),
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job).encode())
+        process.stdin.close()
+        return process
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None

@@ -147,6 +147,25 @@ def _since(system: System, count: int) -> str:
     return "\n".join(line for number, line in enumerate(lines) if number in back[count:])
 
 
+def test_a_rolling_restart_of_the_hosts_answers_every_request(system: System) -> None:
+    old = set(system.processes("ray::ServeReplica:hosts"))
+    with ThreadPoolExecutor(4) as pool:
+        slow = [
+            pool.submit(system.get, "/slow", timeout_s=60, **{"x-seconds": "9"}) for _ in range(4)
+        ]
+        deploying = system.deploy_again()
+        answered: set[int] = set()
+
+        def replaced() -> bool:
+            answered.add(system.get("/")["pid"])
+            now = set(system.processes("ray::ServeReplica:hosts"))
+            return deploying.poll() is not None and not now & old and now <= answered
+
+        eventually(replaced, timeout_s=READY_S)
+        assert deploying.wait() == 0
+        assert all(request.result()["path"] == "/slow" for request in slow)
+
+
 def test_a_second_system_runs_beside_it_and_drains_at_its_end(
     system: System, tmp_path: Path
 ) -> None:
