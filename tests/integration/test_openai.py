@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +13,7 @@ from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 
 from tests.followed_turn import echo, script
-from tests.integration.wire import eventually
+from tests.integration.wire import CuttingProxy, eventually
 from tests.system import System
 
 STORY = "Once upon a time an actor kept a journal of all that it did."
@@ -379,61 +377,6 @@ def test_a_failed_response_says_why(ai: OpenAI) -> None:
 # Its own retries
 
 
-class LosesAnAnswer:
-    """A proxy that cuts the connection at the first byte of the first answer to a create."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._lost = False
-        self.requests = 0
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.getsockname()[1]}/v1"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._port)) as upstream:
-            request = client.recv(1 << 20)
-            self.requests += 1
-            upstream.sendall(request)
-            pump = threading.Thread(target=self._pump, args=(client, upstream), daemon=True)
-            pump.start()
-            answer = upstream.recv(1 << 16)
-            if not self._lost:
-                self._lost = True
-                client.shutdown(socket.SHUT_RDWR)
-            else:
-                while answer:
-                    client.sendall(answer)
-                    answer = upstream.recv(1 << 16)
-            pump.join()
-
-    def _pump(self, client: socket.socket, upstream: socket.socket) -> None:
-        try:
-            while chunk := client.recv(1 << 16):
-                upstream.sendall(chunk)
-            upstream.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("where", ["new", "conversation", "latest", "older"])
 def test_its_own_retries_double_no_turn(
@@ -448,22 +391,21 @@ def test_its_own_retries_double_no_turn(
     if where == "older":
         ai.responses.create(input="two", previous_response_id=first.id)
     text = f"{STORY} {uuid.uuid4().hex}"
-    proxy = LosesAnAnswer(system.port)
-    try:
-        with OpenAI(base_url=proxy.url, api_key="none", max_retries=2) as client:
-            asked = script(text, tokens=12, tps=20)
-            if stream:
-                events = list(client.responses.create(input=asked, stream=True, **given))
-                assert deltas(events) == text
-                last = events[-1]
-                assert last.type == "response.completed"
-                response = last.response
-            else:
-                response = client.responses.create(input=asked, **given)
-        assert response.output_text == text
-        assert proxy.requests == 2
-    finally:
-        proxy.close()
+    with (
+        CuttingProxy(system.port, cuts=[0]) as proxy,
+        OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=2) as client,
+    ):
+        asked = script(text, tokens=12, tps=20)
+        if stream:
+            events = list(client.responses.create(input=asked, stream=True, **given))
+            assert deltas(events) == text
+            last = events[-1]
+            assert last.type == "response.completed"
+            response = last.response
+        else:
+            response = client.responses.create(input=asked, **given)
+    assert response.output_text == text
+    assert proxy.connections == 2
     turns = system.sql(
         "SELECT session_id FROM events WHERE body::json->>'type' = 'turn.accepted'"
         " AND body::text LIKE %s",

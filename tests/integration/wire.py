@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
-__all__ = ["Event", "Session", "eventually", "read_sse", "texts_of"]
+__all__ = ["CuttingProxy", "Event", "Session", "eventually", "read_sse", "texts_of"]
 
 T = TypeVar("T")
 _WAIT_S = 30.0
@@ -160,3 +162,63 @@ class Session:
     def cancel(self, turn_id: str | None = None) -> httpx.Response:
         body = {} if turn_id is None else {"turn_id": turn_id}
         return self.http.post(f"{self.path}/cancel", json=body)
+
+
+class CuttingProxy:
+    """Passes connections on; cuts the first ones when so many bytes of an answer went through.
+
+    With 0 an answer is lost as it begins.
+    """
+
+    def __init__(self, port: int, *, cuts: Sequence[int]) -> None:
+        self._port = port
+        self._cuts = list(cuts)
+        self.connections = 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            cut = self._cuts[self.connections] if self.connections < len(self._cuts) else None
+            self.connections += 1
+            thread = threading.Thread(target=self._serve, args=(client, cut), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: socket.socket, cut: int | None) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._port)) as upstream:
+            asking = threading.Thread(target=_pass_on, args=(client, upstream, None), daemon=True)
+            asking.start()
+            _pass_on(upstream, client, cut)
+            asking.join()
+
+
+def _pass_on(source: socket.socket, target: socket.socket, cut: int | None) -> None:
+    passed = 0
+    try:
+        while chunk := source.recv(1 << 16):
+            passed += len(chunk)
+            if cut is not None and passed > cut:
+                target.sendall(chunk[: len(chunk) - (passed - cut)])
+                break
+            target.sendall(chunk)
+        # Both directions end, for both sides.
+        target.shutdown(socket.SHUT_RDWR)
+        source.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
