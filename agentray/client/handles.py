@@ -151,12 +151,12 @@ def _prepare(address: str | None) -> None:
             setup._enable_token_auth()
 
 
-def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_DIR) -> Connection:
+def connect(address: str | None = None, *, data_dir: str | Path | None = None) -> Connection:
     """Connect to the agentray of this machine or cluster.
 
     Inside a Ray program (a job, a task, an actor) its cluster is taken. Elsewhere ``address`` is
     that of the cluster, or it is read from the state file that ``agentray up`` keeps in
-    ``data_dir``.
+    ``data_dir``. With neither, it is the one in ``~/.agentray``, else the cluster of this node.
 
     Raises:
         NotReadyError: there is no running agentray.
@@ -168,7 +168,9 @@ def connect(address: str | None = None, *, data_dir: str | Path = DEFAULT_DATA_D
     untyped = cast(Any, ray)
     if not untyped.is_initialized():
         if address is None:
-            state = read_state(data_dir)
+            state = read_state(data_dir or DEFAULT_DATA_DIR)
+            if state is None and data_dir is not None:
+                raise NotReadyError(f"nothing runs in {data_dir}: start it with agentray up")
             address = state.ray_address if state is not None else None
         _prepare(address)
         try:
