@@ -12,8 +12,8 @@ What changes:
   request names it: the header ``x-session-id``, the path, the body. A request that will make a
   session gets an id for it here, in ``x-agentray-new-session``: the session is born on the host
   where all that comes later will arrive.
-- Listeners are bound to one address, HAProxy's own answers are JSON in OpenAI's shape, and
-  requests are not logged.
+- The front door is bound to the configured address and the rest to loopback; HAProxy's own
+  answers are JSON in OpenAI's shape; requests are not logged.
 - Ray's Python proxy is no fallback: it would answer in place of a host.
 """
 
@@ -39,6 +39,8 @@ _ID_BITS = 20
 _WEIGHT = 64
 
 _MARK = "# rewritten by agentray\n"
+_DOOR = "frontend http_frontend"
+_RETURN_503 = "http-request return status 503 content-type application/json hdr Retry-After 1"
 _UNAVAILABLE = ("No session host is available; try again.", "server_error", "not_ready")
 _DEFAULTS = [
     # Who sends half a request holds a connection no longer than this.
@@ -58,45 +60,40 @@ def rewrite(config: str, *, bind: str, error_dir: str, session_route: str = "/")
 
     Args:
         config: what Ray generated; one that was rewritten already is returned as it is.
-        bind: the address of all listeners.
+        bind: the address of the front door. Metrics and statistics are on loopback.
         error_dir: where :func:`error_responses` are, each in ``STATUS.http``.
         session_route: the route of the session hosts.
     """
     if config.startswith(_MARK):
         return config
-    session_backend = _backend_of(config, session_route)
     lines = config.splitlines()
     ids = _server_ids(lines)
+    additions = {
+        "defaults": [line.format(errors=error_dir) for line in _DEFAULTS],
+        # A line for each request; what servers do is still logged.
+        _DOOR: ["    no log"],
+        f"backend {_backend_of(config, session_route)}": _affinity(),
+    }
     out: list[str] = []
-    section = ""
+    head = ""
     for line in lines:
         words = line.split()
         if line[:1].strip() and words:
-            section = words[1] if words[0] == "backend" else ""
-            out.append(line)
-            if section and section == session_backend:
-                out.extend(_affinity())
-            elif words == ["defaults"]:
-                out.extend(line.format(errors=error_dir) for line in _DEFAULTS)
-            elif words == ["frontend", "http_frontend"]:
-                # A line for each request; what servers do is still logged.
-                out.append("    no log")
+            head = " ".join(words)
+            out += [line, *additions.get(head, [])]
         elif words[:1] == ["bind"]:
-            port = words[1].rsplit(":", 1)[1]
-            out.append(" ".join(["   ", "bind", f"{_address(bind)}:{port}", *words[2:]]))
+            address = _address(bind if head == _DOOR else "127.0.0.1")
+            out.append(f"    bind {address}:{words[1].rsplit(':', 1)[1]}")
         elif words[:1] == ["errorfile"]:
             out.append(f"    errorfile {words[1]} {error_dir}/{words[1]}.http")
         elif words[:2] == ["stats", "socket"]:
             out.append(line.replace(" mode 666 ", " mode 600 "))
-        elif words[:1] == ["server"] and section:
+        elif words[:1] == ["server"]:
             if words[-1] != "backup":
-                out.append(f"{line} id {ids[section, words[1]]} weight {_WEIGHT}")
-        elif section == "default_backend" and words[:2] == ["http-request", "return"]:
+                out.append(f"{line} id {ids[head, words[1]]} weight {_WEIGHT}")
+        elif head == "backend default_backend" and words[:2] == ["http-request", "return"]:
             # Nothing is deployed at "/": the system is starting or stopping.
-            out.append(
-                "    http-request return status 503 content-type application/json "
-                f"hdr Retry-After 1 string '{_body(*_UNAVAILABLE)}'"
-            )
+            out.append(f"    {_RETURN_503} string '{_body(*_UNAVAILABLE)}'")
         else:
             out.append(line)
     return _MARK + "\n".join(out) + "\n"
@@ -179,15 +176,15 @@ def _backend_of(config: str, route: str) -> str | None:
 
 
 def _server_ids(lines: list[str]) -> dict[tuple[str, str], int]:
-    """Return an id for each server of each backend: its name's hash, unique in its backend."""
+    """Return an id for each server of each section: its name's hash, unique in its section."""
     servers: dict[str, set[str]] = {}
-    section = ""
+    head = ""
     for line in lines:
         words = line.split()
         if line[:1].strip() and words:
-            section = words[1] if words[0] == "backend" else ""
-        elif section and words[:1] == ["server"]:
-            servers.setdefault(section, set()).add(words[1])
+            head = " ".join(words)
+        elif words[:1] == ["server"]:
+            servers.setdefault(head, set()).add(words[1])
     ids: dict[tuple[str, str], int] = {}
     top = (1 << _ID_BITS) - 1
     for section, names in servers.items():

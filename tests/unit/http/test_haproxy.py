@@ -90,9 +90,11 @@ def test_rays_own_proxy_is_no_fallback() -> None:
 
 
 @pytest.mark.parametrize(("bind", "shown"), [("10.1.2.3", "10.1.2.3"), ("::1", "[::1]")])
-def test_every_listener_is_on_the_address_that_was_asked_for(bind: str, shown: str) -> None:
+def test_the_door_is_on_the_address_that_was_asked_for_and_the_rest_on_loopback(
+    bind: str, shown: str
+) -> None:
     binds = re.findall(r"^\s*bind (\S+)$", rewritten(bind=bind), re.MULTILINE)
-    assert binds == [f"{shown}:9101", f"{shown}:8000", f"{shown}:8404"]
+    assert binds == ["127.0.0.1:9101", f"{shown}:8000", "127.0.0.1:8404"]
 
 
 def test_every_error_is_json_in_openais_shape_with_its_length() -> None:
