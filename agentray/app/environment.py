@@ -12,7 +12,6 @@ import resource
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -67,23 +66,30 @@ def find_ports(layout: Layout) -> Ports:
     first = int(layout.key[-8:], 16) % slots
     for step in range(slots):
         start = _FIRST_PORT + (first + step) % slots * _SLOT
-        # Of the replicas' a few may be taken: a replica tries the next one then.
-        if _free(range(start, start + _SINGLE + 8)):
-            single = range(start, start + _SINGLE)
-            return Ports(*single, replicas=range(single.stop, start + _SLOT))
+        single = range(start, start + _SINGLE)
+        replicas = range(single.stop, start + _SLOT)
+        # Of the replicas' a few may be taken, e.g. by what past connections left: a replica
+        # tries the next one then. Another system's are not mixed with ours.
+        if all(map(_can_listen, single)) and not any(map(_is_served, replicas[:8])):
+            return Ports(*single, replicas=replicas)
     raise ConfigError(f"no free ports from {_FIRST_PORT} to {_END_PORT} for Ray")
 
 
-def _free(ports: Iterable[int]) -> bool:
-    for port in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-                probe.listen(1)
-            except OSError:
-                return False
+def _can_listen(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen(1)
+        except OSError:
+            return False
     return True
+
+
+def _is_served(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def base_environment(layout: Layout) -> dict[str, str]:
