@@ -21,7 +21,7 @@ from typing import Any, cast
 from agentray.app.address import door
 from agentray.app.jobs import FAILED, RUNNING
 from agentray.config.settings import SIMULATOR, Settings
-from agentray.errors import AgentRayError, NotReadyError
+from agentray.errors import AgentRayError, ConfigError, NotReadyError
 
 __all__ = ["main"]
 
@@ -41,7 +41,9 @@ def main() -> None:
     try:
         _connect(job["address"])
         if job["do"] == "deploy":
-            _deploy(Settings.model_validate(job["settings"]), job["hosts_app"])
+            settings = Settings.model_validate(job["settings"])
+            _check_cluster(job["address"])
+            _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
             _stop()
     except Exception as error:
@@ -62,14 +64,27 @@ def _connect(address: str) -> None:
     )
 
 
-def _deploy(settings: Settings, hosts_app: str) -> None:
+def _check_cluster(address: str) -> None:
+    """See that the cluster was started with our environment: Serve would run without HAProxy."""
+    ray: Any = import_module("ray")
+    look = ray.remote(num_cpus=0)(os.environ.get)
+    if ray.get(look.remote("RAY_SERVE_HAPROXY_BINARY_PATH")) is None:
+        raise ConfigError(
+            f"the Ray cluster at {address} lacks agentray's environment: on each node, "
+            '`eval "$(agentray env)"` before `ray start`'
+        )
+
+
+def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
     from ray.serve.config import HTTPOptions, ProxyLocation
 
     serve: Any = import_module("ray.serve")
-    # Replicas listen at this address too. HAProxy's own is what the wrapper binds it to.
+    # Replicas listen at this address, and the HAProxy of another node must reach them. Its own
+    # is what the wrapper binds it to.
+    host = "127.0.0.1" if alone else settings.http.host
     serve.start(
         proxy_location=ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host="127.0.0.1", port=settings.http.port),
+        http_options=HTTPOptions(host=host, port=settings.http.port),
     )
     module, _, name = hosts_app.partition(":")
     build = getattr(import_module(module), name)

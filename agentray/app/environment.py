@@ -12,6 +12,7 @@ import resource
 import secrets
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from agentray.app.layout import Layout
 from agentray.app.processes import MARKER
 from agentray.config.settings import Settings
 from agentray.errors import ConfigError
+from agentray.http import haproxy as haproxy_wrapper
 
 __all__ = [
     "DRAIN_MARGIN_S",
@@ -31,6 +33,7 @@ __all__ = [
     "find_ports",
     "provide_token",
     "ray_environment",
+    "write_shim",
 ]
 
 DRAIN_MARGIN_S = 3.0
@@ -106,23 +109,27 @@ def base_environment(layout: Layout) -> dict[str, str]:
 
 
 def ray_environment(
-    settings: Settings, layout: Layout, ports: Ports, *, haproxy: str
+    settings: Settings, layout: Layout, ports: Ports, *, haproxy: str, alone: bool
 ) -> dict[str, str]:
-    """Return the environment of Ray's head and all that comes from it.
+    """Return what a node of the cluster needs in its environment, and all that comes from it.
 
     Args:
         haproxy: the real HAProxy program, which the wrapper runs.
+        alone: the cluster is this machine; nothing but the front door is reached from outside.
     """
     longest_step_s = int(settings.models.step_timeout_s)
     longest_turn_s = longest_step_s * max(a.max_steps for a in settings.agents.values())
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 1 << 20 if files == resource.RLIM_INFINITY else files
-    ours = {
-        "RAY_START_HOOK": "agentray.app.hooks.adjust_start",
+    on_loopback = {
         ALONE: "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         # Else Ray takes 127.0.0.1, wherever it is said, for an address of the network.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    return {
+        **(on_loopback if alone else {}),
+        "RAY_START_HOOK": "agentray.app.hooks.adjust_start",
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Ray runs workers at niceness 15: everything else on the machine would go first.
         "RAY_worker_niceness": "0",
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
@@ -170,7 +177,15 @@ def ray_environment(
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "2",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
     }
-    return {**base_environment(layout), **ours}
+
+
+def write_shim(layout: Layout) -> None:
+    """Write the program that Ray runs in HAProxy's place."""
+    # -I -S: nothing of the user's or the site's is loaded, which takes most of the start.
+    script = Path(haproxy_wrapper.__file__).resolve()
+    text = f'#!/bin/sh\nexec "{sys.executable}" -I -S "{script}" "$@"\n'
+    layout.haproxy_shim.write_text(text)
+    layout.haproxy_shim.chmod(0o700)
 
 
 def find_haproxy() -> str:

@@ -7,6 +7,7 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from agentray.app.address import url
 from agentray.config.settings import Settings
 from agentray.http import ingress
 from agentray.http.app import build_http_app
@@ -36,9 +37,7 @@ def build_hosts_app(settings: Settings) -> Any:
     """Return the application of the session hosts; it is served at ``/``."""
     assert settings.redis.url is not None
     simulator_url = (
-        f"http://{settings.http.host}:{settings.http.port}{SIMULATOR_PREFIX}/v1"
-        if settings.models.simulated()
-        else None
+        f"{url(settings.http)}{SIMULATOR_PREFIX}/v1" if settings.models.simulated() else None
     )
     deploy = cast(Any, serve).deployment(
         name=DEPLOYMENT,

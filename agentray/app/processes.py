@@ -22,6 +22,8 @@ __all__ = ["MARKER", "alive", "children", "end_processes", "owned_processes", "w
 
 MARKER = "AGENTRAY_INTERNAL_SYSTEM"
 _POLL_S = 0.05
+# A shell may work in their folders too.
+_STORES = ("postgres", "redis-server")
 
 
 def owned_processes(layout: Layout) -> list[int]:
@@ -37,7 +39,8 @@ def owned_processes(layout: Layout) -> list[int]:
                 continue
             strangers[pid] = session
             marked = mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if marked or Path(f"/proc/{pid}/cwd").readlink() in folders:
+            store = Path(f"/proc/{pid}/exe").readlink().name in _STORES
+            if marked or (store and Path(f"/proc/{pid}/cwd").readlink() in folders):
                 ours[pid] = strangers.pop(pid)
     # Sessions that a process of ours leads, or led; not one that a stranger leads.
     sessions = {session for session in ours.values() if session not in strangers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -15,6 +16,9 @@ from agentray.storage.postgres import forget_hosts, migrate
 from agentray.storage.redis import RedisStore
 
 __all__ = ["Stores"]
+
+# As a parameter, libpq and Redis clients take one too.
+_PASSWORD = re.compile(r"((?:^|&)password=)[^&]*")
 
 _MIGRATION_S = 120.0
 
@@ -120,7 +124,8 @@ class Stores:
 def without_password(url: str) -> str:
     """Return an address that can be shown."""
     parts = urlsplit(url)
+    query = _PASSWORD.sub(r"\1***", parts.query)
     if parts.password is None:
-        return url
+        return parts._replace(query=query).geturl() if query != parts.query else url
     host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
+    return parts._replace(netloc=f"{parts.username or ''}:***@{host}", query=query).geturl()

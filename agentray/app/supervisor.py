@@ -10,10 +10,8 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import SecretStr
@@ -28,6 +26,7 @@ from agentray.app.environment import (
     find_ports,
     provide_token,
     ray_environment,
+    write_shim,
 )
 from agentray.app.jobs import Job, dump_settings
 from agentray.app.keeper import keep
@@ -40,7 +39,6 @@ from agentray.app.stores import Stores, without_password
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.config.state import RunState, remove_state, write_state
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
-from agentray.http import haproxy
 
 __all__ = ["Supervisor"]
 
@@ -71,7 +69,9 @@ class Supervisor:
         self._environ: Mapping[str, str] = base_environment(self._layout)
         self._stores = Stores(settings, self._layout, self._environ)
         self._settings = self._resolved(settings)
-        self._head = RayHead(self._settings, self._layout)
+        cluster = settings.ray.address
+        self._head = RayHead(self._settings, self._layout) if cluster is None else None
+        self._ray_address = cluster or ""
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._deployer: Job | None = None
@@ -86,7 +86,6 @@ class Supervisor:
         process of the system is left.
         """
         try:
-            self._check_settings()
             self._layout.make()
             with exclusive(self._layout.lock_file):
                 return await self._run_locked()
@@ -136,14 +135,15 @@ class Supervisor:
                             report=self._report,
                         )
                     )
-            parts.create_task(
-                keep(
-                    self._head.name,
-                    wait_dead=self._head.wait_dead,
-                    restart=self._restart_head,
-                    report=self._report,
+            if self._head is not None:
+                parts.create_task(
+                    keep(
+                        self._head.name,
+                        wait_dead=self._head.wait_dead,
+                        restart=self._restart_head,
+                        report=self._report,
+                    )
                 )
-            )
 
     # Starting
 
@@ -178,26 +178,37 @@ class Supervisor:
 
     async def _start_ray(self) -> None:
         done = self._report.begin("Ray")
-        self._write_shim()
-        await self._start_head()
-        done(self._head.address)
+        if self._head is None:
+            self._deployer = await self._job()
+            done(f"the cluster at {self._ray_address}")
+        else:
+            write_shim(self._layout)
+            await self._start_head(self._head)
+            done(self._ray_address)
 
-    async def _start_head(self) -> None:
+    async def _start_head(self, head: RayHead) -> None:
         ports = find_ports(self._layout)
-        ours = ray_environment(self._settings, self._layout, ports, haproxy=find_haproxy())
-        self._environ = {**ours, **provide_token()}
+        self._environ = {
+            **base_environment(self._layout),
+            **ray_environment(
+                self._settings, self._layout, ports, haproxy=find_haproxy(), alone=True
+            ),
+            **provide_token(),
+        }
         # It imports Ray while Ray starts.
         self._deployer = await self._job()
-        await self._head.start(ports, self._environ)
+        await head.start(ports, self._environ)
+        self._ray_address = head.address
 
     async def _restart_head(self) -> None:
+        assert self._head is not None
         self._deployed = False
         self._note(ready=False)
         if self._deployer is not None:
             await self._deployer.close()
         await self._head.stop()
         await self._stores.forget_hosts()
-        await self._start_head()
+        await self._start_head(self._head)
         await self._deploy(lambda _: None)
         self._note(ready=True)
 
@@ -205,12 +216,13 @@ class Supervisor:
         assert self._deployer is not None
         task = {
             "do": "deploy",
-            "address": self._head.address,
+            "address": self._ray_address,
             "settings": dump_settings(self._settings),
             "hosts_app": self._hosts_app,
+            "alone": self._head is not None,
         }
         job = asyncio.create_task(self._deployer.run(task, timeout_s=_DEPLOY_S, progress=running))
-        death = asyncio.create_task(self._head.wait_dead())
+        death = asyncio.create_task(self._head_dead())
         try:
             await asyncio.wait({job, death}, return_when=asyncio.FIRST_COMPLETED)
             if not job.done():
@@ -224,6 +236,13 @@ class Supervisor:
     async def _job(self) -> Job:
         return await Job.prepare(self._environ, self._layout.logs_dir / "deploy.log")
 
+    async def _head_dead(self) -> str:
+        """Return how Ray's head died; never, if it is not ours to watch."""
+        if self._head is None:
+            await asyncio.Event().wait()
+        assert self._head is not None
+        return await self._head.wait_dead()
+
     # Ending
 
     async def _shut_down(self) -> None:
@@ -234,7 +253,8 @@ class Supervisor:
         hurry = self._hurry.is_set()
         if self._deployer is not None:
             await self._deployer.close()
-        await self._head.stop()
+        if self._head is not None:
+            await self._head.stop()
         await self._stores.stop(hurry=hurry)
         await end_processes(owned_processes(self._layout))
         remove_state(self._layout.data_dir)
@@ -244,10 +264,10 @@ class Supervisor:
         timeout_s = self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S
         stopper = await self._job()
         job = asyncio.create_task(
-            stopper.run({"do": "stop", "address": self._head.address}, timeout_s=timeout_s)
+            stopper.run({"do": "stop", "address": self._ray_address}, timeout_s=timeout_s)
         )
         hurry = asyncio.create_task(self._hurry.wait())
-        death = asyncio.create_task(self._head.wait_dead())
+        death = asyncio.create_task(self._head_dead())
         await asyncio.wait({job, hurry, death}, return_when=asyncio.FIRST_COMPLETED)
         try:
             if job.done():
@@ -269,12 +289,6 @@ class Supervisor:
             "redis": settings.redis.model_copy(update={"url": SecretStr(self._stores.redis_url)}),
         }
         return settings.model_copy(update={"data_dir": str(self._layout.data_dir), **stores})
-
-    def _check_settings(self) -> None:
-        if self._settings.ray.address is not None:
-            raise ConfigError(
-                f"ray.address is {self._settings.ray.address}: `agentray up` starts Ray itself"
-            )
 
     def _check_port(self) -> None:
         host, port = self._settings.http.host, self._settings.http.port
@@ -309,13 +323,6 @@ class Supervisor:
             self._stopped_at = now
             self._stop.set()
 
-    def _write_shim(self) -> None:
-        # -I -S: nothing of the user's or the site's is loaded, which takes most of the start.
-        script = Path(haproxy.__file__).resolve()
-        text = f'#!/bin/sh\nexec "{sys.executable}" -I -S "{script}" "$@"\n'
-        self._layout.haproxy_shim.write_text(text)
-        self._layout.haproxy_shim.chmod(0o700)
-
     def _note(self, *, ready: bool) -> None:
         write_state(
             self._layout.data_dir,
@@ -325,7 +332,7 @@ class Supervisor:
                 started_at=self._started_at,
                 ready=ready,
                 url=url(self._settings.http),
-                ray_address=self._head.address,
+                ray_address=self._ray_address,
                 postgres=without_password(self._stores.postgres_url),
                 redis=without_password(self._stores.redis_url),
                 models=list(self._settings.models.names()),

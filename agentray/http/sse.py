@@ -162,6 +162,7 @@ class EventStream:
         at = 0
         while len(frames) - at > _PIECE_BYTES:
             await self._send(frames[at : at + _PIECE_BYTES], last=False)
+            self.writing_since = self._loop.time()
             at += _PIECE_BYTES
         await self._send(frames[at:], last=last)
 
@@ -211,6 +212,8 @@ class EventStream:
 
     async def keep_alive(self) -> None:
         """Send what opens the stream if nothing was sent yet, else a comment."""
+        if self.writing_since is not None:
+            return  # a comment in the middle of a frame would spoil it
         opening = None if self._exchange.started else self._opening
         await self.write(opening() if opening else _KEEPALIVE)
 

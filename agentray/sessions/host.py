@@ -60,6 +60,14 @@ class SessionHost:
             await asyncio.sleep(_DRAIN_POLL_S)
         await self._process.drain()
 
+    async def check_health(self) -> None:
+        """Let Serve replace this replica when a part of it ended that must run for ever.
+
+        Stores that are away are not its fault.
+        """
+        if (failure := self._process.failure) is not None:
+            raise RuntimeError("a part of this session host ended") from failure
+
     async def __call__(self, request: Any) -> Any:
         # HTTP never comes here: the ingress hands it to the door.
         raise RuntimeError(f"no door for {request!r}")

@@ -143,6 +143,8 @@ class OwnerProcess:
             self.metrics.registry, self.ownership.owner_id, self.redis, self._observe
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self.failure: BaseException | None = None
+        """What ended a part that must run for ever: this process is to be replaced."""
         self._beside: set[asyncio.Task[None]] = set()
         self.launch = launch_dedicated or _cannot_launch
         self.stopping = asyncio.Event()
@@ -169,9 +171,14 @@ class OwnerProcess:
             self._exposition.run(),
         ):
             task = loop.create_task(loop_body)
-            task.add_done_callback(_report_end)
+            task.add_done_callback(self._ended)
             self._tasks.append(task)
         log.info("owner_started", owner=self.ownership.owner_id)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("owner_task_ended", error=repr(error))
+            self.failure = error
 
     async def drain(self) -> None:
         """End endless streams and release sessions as their turns end; nothing is taken over.
@@ -254,7 +261,7 @@ class OwnerProcess:
             if message.sender:
                 self.residents.came_through(actor, message.sender)
             if message.turn is None or not self.residents.deliver(
-                actor, message.inbox, message.turn
+                actor, message.epoch, message.inbox, message.turn
             ):
                 # Beside the others: a query for each would hold up all that comes behind.
                 self._keep(self._look(key))
@@ -268,8 +275,3 @@ class OwnerProcess:
 
 async def _cannot_launch(tenant: str, session_id: str) -> None:
     del tenant, session_id
-
-
-def _report_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("owner_task_ended", error=repr(error))

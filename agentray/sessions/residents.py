@@ -36,6 +36,7 @@ log = get_logger(__name__)
 
 _PASSIVATION_BATCH = 200
 _PAGE = 1_000
+_FOR_EVER_S = 1e9
 
 Key = tuple[str, str]
 _First = Callable[[], Awaitable[tuple[Command, ...]]]
@@ -132,7 +133,8 @@ class Residents:
             session_id,
             self._ownership.owner_id,
             placement=self._placement,
-            term_s=self._settings.term_s,
+            # While silence means nothing, only what is nobody's may be taken.
+            term_s=self._settings.term_s if self._ownership.may_take_over() else _FOR_EVER_S,
         )
         copy = await hot_copy
         if claim is None:
@@ -327,9 +329,11 @@ class Residents:
         if actor is not None:
             await self._take_mail(actor)
 
-    def deliver(self, actor: SessionActor, inbox: int, row: TurnRow) -> bool:
+    def deliver(self, actor: SessionActor, epoch: int, inbox: int, row: TurnRow) -> bool:
         """Take up a turn that another host accepted; False if there may be more than that."""
-        if actor.dropped or actor.key in self._releasing or inbox != actor.inbox + 1:
+        if actor.dropped or actor.key in self._releasing:
+            return False
+        if (epoch, inbox) != (actor.epoch, actor.inbox + 1):
             return False
         actor.inbox = inbox
         if self._queue(actor, [row]) and not actor.busy and not self.draining:
@@ -382,9 +386,14 @@ class Residents:
         return await asyncio.shield(task)
 
     async def _release(self, actor: SessionActor) -> bool:
-        outcome = await self._store.release(
-            actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
-        )
+        try:
+            outcome = await self._store.release(
+                actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
+            )
+        except StorageError:
+            # It may be nobody's by now: what is not known to be ours is not kept.
+            self.drop(actor)
+            raise
         if outcome == "inbox":
             await self._take_mail(actor)
             return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from agentray.agents.spec import Agents
 from agentray.clock import Clock
 from agentray.config.settings import SessionsSettings
 from agentray.errors import (
+    AgentRayError,
     BackpressureError,
     IdempotencyConflictError,
     InvalidRequestError,
@@ -42,11 +42,17 @@ from agentray.storage.base import (
     TurnRow,
     Wire,
 )
+from agentray.telemetry.logging import get_logger
 
 __all__ = ["SessionService"]
 
+log = get_logger(__name__)
+
 Key = tuple[str, str]
 Origin = Literal["session", "conversation", "response"]
+
+# The year 10000, in seconds since the epoch: what PostgreSQL takes for a time.
+_END_OF_TIME = 253_402_300_800.0
 
 _encode = msgspec.json.Encoder().encode
 
@@ -288,14 +294,16 @@ class SessionService:
         assert accepted.turn is not None
         if accepted.outcome == "duplicate":
             return self._duplicate(session_id, accepted.turn, acceptance.request_hash)
-        await self._wake(
-            (acceptance.tenant, session_id), accepted, interrupts=acceptance.if_busy == "interrupt"
-        )
+        try:
+            await self._wake(acceptance, accepted)
+        except AgentRayError as error:
+            # It is accepted all the same, and the sweep finds it.
+            log.warning("wake_failed", session=session_id, error=str(error))
         return turn_info(session_id, accepted.turn, None)
 
-    async def _wake(self, key: Key, accepted: Accepted, *, interrupts: bool) -> None:
+    async def _wake(self, acceptance: Acceptance, accepted: Accepted) -> None:
         """See that an accepted turn is run soon. It is run in any case: the sweep finds it."""
-        tenant, session_id = key
+        tenant, session_id = key = (acceptance.tenant, acceptance.session_id)
         if accepted.owner == self._ownership.owner_id:
             await self._residents.look_into_inbox(key)
         elif accepted.owner is not None and accepted.owner_alive:
@@ -306,7 +314,8 @@ class SessionService:
                 session_id=session_id,
                 sender=self._ownership.owner_id,
                 # The turn itself saves its owner from asking; cancellations are looked up.
-                turn=None if interrupts else accepted.turn,
+                turn=None if acceptance.if_busy == "interrupt" else accepted.turn,
+                epoch=accepted.epoch,
                 inbox=accepted.inbox,
             )
             self._tails.send([accepted.owner], message)
@@ -434,7 +443,7 @@ def _decode_page(after: str) -> tuple[float, str]:
     created_at, separator, session_id = after.partition("~")
     try:
         before = float(created_at)
-        if not (separator and math.isfinite(before)):
+        if not (separator and 0 <= before < _END_OF_TIME):
             raise ValueError(created_at)
     except ValueError as error:
         raise InvalidRequestError("after is not a cursor of this list", param="after") from error

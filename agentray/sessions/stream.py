@@ -31,8 +31,9 @@ def tail_key(tenant: str, session_id: str, called_seq: int) -> str:
 class WireMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What owners say to each other about a session.
 
-    ``wake``: its inbox changed, by ``turn`` alone if that is given and the owner's count was one
-    less than ``inbox``. ``follow``: ``sender`` has readers of it and wants what is live.
+    ``wake``: its inbox changed, by ``turn`` alone if that is given, ``epoch`` is the session's
+    and the owner's count was one less than ``inbox``. ``follow``: ``sender`` has readers of it
+    and wants what is live.
     ``live``: to a follower, ``events`` that committed and ``text`` of the call ``called_seq``
     from offset ``start`` on. ``deleted``: drop it.
     """
@@ -42,6 +43,7 @@ class WireMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     session_id: str
     sender: str = ""
     turn: TurnRow | None = None
+    epoch: int = 0
     inbox: int = 0
     events: list[msgspec.Raw] = []
     called_seq: int = 0

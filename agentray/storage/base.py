@@ -165,6 +165,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     owner_alive: bool = False
     placement: Literal["shared", "dedicated"] = "shared"
     last_seq: int = 0
+    epoch: int = 0
     inbox: int = 0
     turn: TurnRow | None = None
 

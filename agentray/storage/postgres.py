@@ -270,7 +270,9 @@ class PostgresStore:
         async with _translated(), self._pool.connection() as connection, connection.transaction():
             names = {"tenant": tenant, "old": session_id, "new": new_id, "seq": up_to_seq}
             for statement in sql.FORK_SESSION:
-                await connection.execute(statement, names)
+                cursor = await connection.execute(statement, names)
+                if not cursor.rowcount:
+                    break  # there is no such session, or the new one exists already
         return await self.session(tenant, new_id)
 
     # Turns
@@ -310,6 +312,7 @@ class PostgresStore:
             owner_alive=bool(row["at_owner_alive"]),
             placement=row["at_placement"] or "shared",
             last_seq=row["at_seq"] or 0,
+            epoch=row["at_epoch"] or 0,
             inbox=row["at_inbox"] or 0,
             turn=turn,
         )

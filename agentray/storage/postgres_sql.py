@@ -152,6 +152,7 @@ FORK_SESSION = (
       (SELECT id FROM turns WHERE tenant = s.tenant AND session_id = s.id
          AND last_seq = %(seq)s)
     FROM sessions s WHERE tenant = %(tenant)s AND id = %(old)s
+    ON CONFLICT DO NOTHING
     """,
     """
     INSERT INTO turns (tenant, session_id, id, state, status, request_hash, options,
@@ -194,10 +195,11 @@ RETURNING {_SESSION_COLUMNS}, 0 AS open_turns, true AS owner_alive,
   seen.owner AS previous_owner
 """
 
+# Running turns too: a host that claimed a session and lost the answer does not know that it runs.
 INBOX = """
 SELECT t.tenant, t.session_id, t.id, t.state, t.cancel_requested
 FROM turns t JOIN sessions s ON s.tenant = t.tenant AND s.id = t.session_id
-WHERE t.state <> 'done' AND s.owner = %s AND (t.state = 'accepted' OR t.cancel_requested)
+WHERE t.state <> 'done' AND s.owner = %s AND s.parked_reason IS NULL
 ORDER BY t.ordinal
 """
 
@@ -212,9 +214,11 @@ ORDER BY random() LIMIT %s
 """
 
 _STATUS_FILTERS = {
-    "closed": "s.expires_at <= now()",
+    "closed": "s.parked_reason IS NULL AND s.expires_at <= now()"
+    " AND NOT EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"
+    " AND t.session_id = s.id AND t.state <> 'done')",
     "parked": "s.parked_reason IS NOT NULL",
-    "running": "EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"
+    "running": "s.parked_reason IS NULL AND EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"
     " AND t.session_id = s.id AND t.state <> 'done')",
     "idle": "s.parked_reason IS NULL AND coalesce(s.expires_at > now(), true)"
     " AND NOT EXISTS (SELECT 1 FROM turns t WHERE t.tenant = s.tenant"

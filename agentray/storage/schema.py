@@ -80,7 +80,8 @@ MIGRATIONS: tuple[str, ...] = (
         new_input text, new_options text, if_busy text, after_turn text, max_queued int,
         term_s float8,
         OUT outcome text, OUT at_owner text, OUT at_owner_alive boolean, OUT at_placement text,
-        OUT at_seq bigint, OUT at_inbox bigint, OUT turn_ordinal bigint, OUT turn_at float8
+        OUT at_seq bigint, OUT at_epoch bigint, OUT at_inbox bigint,
+        OUT turn_ordinal bigint, OUT turn_at float8
     ) LANGUAGE plpgsql VOLATILE AS $accept$
     DECLARE
         s sessions%ROWTYPE;
@@ -94,6 +95,7 @@ MIGRATIONS: tuple[str, ...] = (
         at_owner := s.owner;
         at_placement := s.placement;
         at_seq := s.last_seq;
+        at_epoch := s.epoch;
         at_inbox := s.inbox;
         at_owner_alive := EXISTS (
             SELECT 1 FROM hosts h WHERE h.id = s.owner AND greatest(
