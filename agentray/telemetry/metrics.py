@@ -20,7 +20,7 @@ class Metrics:
         )
         self.turn_seconds = Histogram(
             "agentray_turn_seconds",
-            "Time from acceptance to the end of a turn.",
+            "Time from a turn's first step to its end.",
             registry=r,
             buckets=_SECONDS,
         )
