@@ -52,9 +52,3 @@ def http(system: System) -> Iterator[httpx.Client]:
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=20)
     with httpx.Client(base_url=system.url, timeout=60, limits=limits) as client:
         yield client
-
-
-@pytest.fixture(scope="package")
-def base_url(system: System) -> str:
-    """The system's address."""
-    return system.url

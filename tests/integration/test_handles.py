@@ -306,16 +306,24 @@ def test_the_client_cancels(system: System) -> None:
             session.cancel()
 
 
-@pytest.mark.parametrize("cuts", [[0], [900], [0, 700, 0, 1_500]])
-def test_a_stream_of_the_client_takes_itself_up(system: System, cuts: list[int]) -> None:
-    with CuttingProxy(system.port, cuts=cuts) as proxy, agentray.Client(proxy.url) as client:
-        session = client.session(new_id())
-        client.sessions.create(session.id)  # the first cut may hit this one
-        with session.stream(SLOW) as items:
-            assert told(list(items)) == STORY
-        assert (items.text, items.status) == (STORY, "completed")
-        assert proxy.connections > len(cuts)
-    assert len(system.assert_journal_sound(session.id).turns()) == 1
+@pytest.mark.parametrize("first_cut", [0, 1, 150, 400, 700])
+def test_a_stream_that_breaks_again_and_again_misses_and_doubles_nothing(
+    system: System, first_cut: int
+) -> None:
+    # Each connection lives a little longer than the one before.
+    cuts = [first_cut + 600 * number for number in range(40)]
+    session_id, asked = new_id(), script(STORY * 10, tokens=40, tps=80)
+    with (
+        CuttingProxy(system.port, cuts=cuts) as proxy,
+        agentray.Client(proxy.url, retries=40) as client,
+    ):
+        with client.session(session_id).stream(asked) as stream:
+            items = list(stream)
+        assert told(items) == STORY * 10
+        assert (stream.text, stream.status) == (STORY * 10, "completed")
+        assert proxy.connections > 3
+    journal = system.assert_journal_sound(session_id)
+    assert [item for item in items if not isinstance(item, Delta)] == journal.events
 
 
 def test_a_send_whose_answer_is_lost_makes_one_turn(system: System) -> None:
@@ -364,8 +372,12 @@ def test_errors_of_the_client_are_agentrays_own(system: System, http: httpx.Clie
             session.turn("0" * 26)
         with pytest.raises(errors.CursorError):
             next(session.follow(after=Cursor(10_000)))
+        with pytest.raises(errors.CursorError):
+            list(session.events(after=10_000))
         with pytest.raises(errors.InvalidRequestError):
             client.sessions.create("odd id")
+        with pytest.raises(errors.InvalidRequestError):
+            client.sessions.create(agent="nobody")
         session.cancel()
         eventually(lambda: closing.info()["status"] == "closed", what="the session is closed")
         with pytest.raises(errors.SessionClosedError):

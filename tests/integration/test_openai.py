@@ -114,8 +114,11 @@ def test_tool_calls_are_items_of_the_response(ai: OpenAI) -> None:
     assert last.type == "response.completed"
     kinds = [item.type for item in last.response.output]
     assert kinds == ["mcp_call", "mcp_call", "message"]
-    outputs = [getattr(item, "output", None) for item in last.response.output[:2]]
-    assert sorted(map(str, outputs)) == ["a", "b"]
+    calls = [item for item in last.response.output if item.type == "mcp_call"]
+    assert [(call.name, call.status, call.output) for call in calls] == [
+        ("echo", "completed", "a"),
+        ("echo", "completed", "b"),
+    ]
     assert last.response.output_text == deltas(events) == "They said: a, b"
 
 
@@ -282,6 +285,27 @@ def test_a_conversation_keeps_its_responses_and_shows_its_items(ai: OpenAI) -> N
         ai.conversations.retrieve(conversation.id)
 
 
+def test_messages_wait_for_their_turn_in_a_busy_conversation(ai: OpenAI) -> None:
+    conversation = ai.conversations.create().id
+    ai.responses.create(conversation=conversation, input=SLOW, background=True)
+    events = list(ai.responses.create(conversation=conversation, input="next", stream=True))
+    assert [event.type for event in events[:3]] == [
+        "response.created",
+        "response.queued",
+        "response.in_progress",
+    ]
+    assert events[-1].type == "response.completed"
+    items = list(ai.conversations.items.list(conversation, order="asc"))
+    assert items[1].content[0].text == STORY  # type: ignore[union-attr]
+    assert items[2].content[0].text == "next"  # type: ignore[union-attr]
+
+
+def test_the_same_idempotency_key_gives_the_same_response(ai: OpenAI) -> None:
+    headers = {"Idempotency-Key": uuid.uuid4().hex}
+    first = ai.responses.create(input="hi", extra_headers=headers)
+    assert ai.responses.create(input="hi", extra_headers=headers) == first
+
+
 def test_what_was_put_into_a_response_is_listed(ai: OpenAI) -> None:
     created = ai.responses.create(
         input=[
@@ -392,7 +416,8 @@ def test_its_own_retries_double_no_turn(
         ai.responses.create(input="two", previous_response_id=first.id)
     text = f"{STORY} {uuid.uuid4().hex}"
     with (
-        CuttingProxy(system.port, cuts=[0]) as proxy,
+        # The first answer is lost as it begins, the second within its head.
+        CuttingProxy(system.port, cuts=[0, 40]) as proxy,
         OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=2) as client,
     ):
         asked = script(text, tokens=12, tps=20)
@@ -405,7 +430,7 @@ def test_its_own_retries_double_no_turn(
         else:
             response = client.responses.create(input=asked, **given)
     assert response.output_text == text
-    assert proxy.connections == 2
+    assert proxy.connections == 3
     turns = system.sql(
         "SELECT session_id FROM events WHERE body::json->>'type' = 'turn.accepted'"
         " AND body::text LIKE %s",
