@@ -42,7 +42,8 @@ def main() -> None:
         _connect(job["address"])
         if job["do"] == "deploy":
             settings = Settings.model_validate(job["settings"])
-            _check_cluster(job["address"])
+            if not job["alone"]:
+                _check_cluster(job["address"])
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
             _stop()
@@ -67,8 +68,11 @@ def _connect(address: str) -> None:
 def _check_cluster(address: str) -> None:
     """See that the cluster was started with our environment: Serve would run without HAProxy."""
     ray: Any = import_module("ray")
-    look = ray.remote(num_cpus=0)(os.environ.get)
-    if ray.get(look.remote("RAY_SERVE_HAPROXY_BINARY_PATH")) is None:
+
+    def has_environment() -> bool:
+        return "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ
+
+    if not ray.get(ray.remote(num_cpus=0)(has_environment).remote()):
         raise ConfigError(
             f"the Ray cluster at {address} lacks agentray's environment: on each node, "
             '`eval "$(agentray env)"` before `ray start`'

@@ -97,6 +97,7 @@ class System:
             "address": self.state.ray_address,
             "settings": dump_settings(settings),
             "hosts_app": self._arguments[-2],
+            "alone": True,
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "agentray.app.deploy"],

@@ -34,7 +34,7 @@ PORTS = Ports(1, 2, 3, 4, 5, 6, range(20_000, 20_200))
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    return ray_environment(settings, Layout.of("/tmp/x"), PORTS, haproxy="/bin/haproxy")
+    return ray_environment(settings, Layout.of("/tmp/x"), PORTS, haproxy="/bin/haproxy", alone=True)
 
 
 def test_the_second_holder_of_a_lock_is_told_of_the_first(tmp_path: Path) -> None:
