@@ -22,8 +22,8 @@ __all__ = ["MARKER", "alive", "children", "end_processes", "owned_processes", "w
 
 MARKER = "AGENTRAY_INTERNAL_SYSTEM"
 _POLL_S = 0.05
-# A shell may work in their folders too.
-_STORES = ("postgres", "redis-server")
+# A shell may work in their folders too. The last is what redis-server is on some systems.
+_STORES = ("postgres", "redis-server", "valkey-server")
 
 
 def owned_processes(layout: Layout) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agentray.errors import StorageUnavailableError
 
-__all__ = ["EmbeddedPostgres", "EmbeddedRedis"]
+__all__ = ["EmbeddedPostgres", "EmbeddedRedis", "redis_server"]
 
 _POLL_S = 0.02
 
@@ -272,7 +272,7 @@ class EmbeddedRedis(_Server):
         self._socket_file.unlink(missing_ok=True)
         await self._spawn(
             [
-                _redis_server(),
+                redis_server(),
                 *("--port", "0"),
                 *("--unixsocket", str(self._socket_file)),
                 *("--unixsocketperm", "700"),
@@ -331,7 +331,12 @@ def _postgres_programs(data_dir: Path) -> Path:
     return max(package.glob("pginstall[1-9]*"), key=lambda path: int(path.name[9:])) / "bin"
 
 
-def _redis_server() -> str:
+def redis_server() -> str:
+    """Return the program: that on the PATH, else that of the wheel.
+
+    Raises:
+        StorageUnavailableError: if there is none.
+    """
     found = shutil.which("redis-server")
     if found is not None:
         return found

@@ -14,6 +14,7 @@ import pytest
 
 from agentray.app.layout import Layout
 from agentray.app.processes import MARKER, alive, end_processes, owned_processes
+from agentray.storage.embedded import redis_server
 from tests.integration.systems import eventually
 
 SLEEP = "import time; time.sleep(60)"
@@ -22,7 +23,7 @@ SLEEP = "import time; time.sleep(60)"
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     made = Layout.of(str(tmp_path / "data"))
-    made.postgres_dir.mkdir(parents=True)
+    made.redis_dir.mkdir(parents=True)
     return made
 
 
@@ -35,7 +36,7 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def test_the_marked_their_session_and_who_works_in_our_folders_are_ours(
+def test_the_marked_their_session_and_stores_in_our_folders_are_ours(
     layout: Layout, started: list[subprocess.Popen[bytes]]
 ) -> None:
     marked = {**os.environ, MARKER: layout.key}
@@ -43,25 +44,28 @@ def test_the_marked_their_session_and_who_works_in_our_folders_are_ours(
     # A leader with the marker, and in its session a child that lost it.
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}], env={{}})"
     leader = subprocess.Popen([sys.executable, "-c", child], env=marked, start_new_session=True)
-    postgres = subprocess.Popen(
-        [sys.executable, "-c", SLEEP],
+    redis = subprocess.Popen(
+        [redis_server(), "--port", "0", "--unixsocket", "s"],
         env=unmarked,
-        cwd=layout.postgres_dir,
+        cwd=layout.redis_dir,
         start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     strangers = [
+        # A shell that looks around there.
+        subprocess.Popen([sys.executable, "-c", SLEEP], env=unmarked, cwd=layout.redis_dir),
         subprocess.Popen([sys.executable, "-c", SLEEP], env=unmarked),
         subprocess.Popen([sys.executable, "-c", SLEEP], env=unmarked, start_new_session=True),
         subprocess.Popen([sys.executable, "-c", SLEEP], env={**unmarked, MARKER: "other"}),
     ]
-    started += [leader, postgres, *strangers]
+    started += [leader, redis, *strangers]
     eventually(lambda: len(owned_processes(layout)) == 3)
     owned = owned_processes(layout)
-    assert {leader.pid, postgres.pid} < set(owned)
-    (heir,) = set(owned) - {leader.pid, postgres.pid}
+    assert {leader.pid, redis.pid} < set(owned)
+    (heir,) = set(owned) - {leader.pid, redis.pid}
     leader.kill()
     # A child whose leader is gone is nobody's whom we know: it is not touched.
-    eventually(lambda: owned_processes(layout) == [postgres.pid])
+    eventually(lambda: owned_processes(layout) == [redis.pid])
     os.kill(heir, signal.SIGKILL)
 
 
