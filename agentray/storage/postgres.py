@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 import psycopg
@@ -95,7 +96,8 @@ class PostgresStore:
     """``DurableStore`` on a PostgreSQL server.
 
     Appends have a connection of their own, so that nothing queues in front of them; the rest
-    shares a pool.
+    shares a pool. Statements that wait for a session's row do so one at a time: a row that
+    somebody holds keeps one connection busy, not all, and heartbeats find a free one.
     """
 
     def __init__(self, url: str, settings: PostgresSettings, *, term_s: float) -> None:
@@ -103,6 +105,7 @@ class PostgresStore:
         self._settings = settings
         self._term_s = term_s
         self._journal: AsyncConnection[tuple[Any, ...]] | None = None
+        self._waits: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         options = f"-c statement_timeout={int(settings.statement_timeout_s * 1000)}"
         self._connect_args: dict[str, Any] = {
             "autocommit": True,
@@ -147,6 +150,13 @@ class PostgresStore:
                 await self._pool.check()
                 raise
 
+    @asynccontextmanager
+    async def _waiting(self, tenant: str, session_id: str) -> AsyncGenerator[None]:
+        """Let one statement at a time wait for a session's row."""
+        lock = self._waits.setdefault((tenant, session_id), asyncio.Lock())
+        async with _translated(), asyncio.timeout(self._settings.statement_timeout_s), lock:
+            yield
+
     # The journal
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
@@ -171,7 +181,7 @@ class PostgresStore:
         for index, exists, locked, fits, landed, epoch, last_seq in rows:
             append = appends[int(index)]
             if landed:
-                results[index] = AppendResult("landed", epoch, last_seq)
+                results[index] = AppendResult("landed", epoch, append.last_seq)
             elif not exists:
                 results[index] = AppendResult("gone")
             elif not locked:
@@ -246,14 +256,20 @@ class PostgresStore:
     async def update_metadata(
         self, tenant: str, session_id: str, metadata: dict[str, str]
     ) -> SessionRow | None:
-        await self._rows(
-            "UPDATE sessions SET metadata = %s, updated_at = now() WHERE tenant = %s AND id = %s",
-            [msgspec.json.encode(metadata).decode(), tenant, session_id],
-        )
+        async with self._waiting(tenant, session_id):
+            await self._rows(
+                "UPDATE sessions SET metadata = %s, updated_at = now()"
+                " WHERE tenant = %s AND id = %s",
+                [msgspec.json.encode(metadata).decode(), tenant, session_id],
+            )
         return await self.session(tenant, session_id)
 
     async def delete_session(self, tenant: str, session_id: str) -> SessionRow | None:
-        async with _translated(), self._pool.connection() as connection, connection.transaction():
+        async with (
+            self._waiting(tenant, session_id),
+            self._pool.connection() as connection,
+            connection.transaction(),
+        ):
             cursor = await connection.execute(
                 sql.SESSION + " FOR UPDATE OF s", [self._term_s, tenant, session_id]
             )
@@ -267,7 +283,11 @@ class PostgresStore:
     async def fork_session(
         self, tenant: str, session_id: str, new_id: str, up_to_seq: int
     ) -> SessionRow | None:
-        async with _translated(), self._pool.connection() as connection, connection.transaction():
+        async with (
+            self._waiting(tenant, session_id),
+            self._pool.connection() as connection,
+            connection.transaction(),
+        ):
             names = {"tenant": tenant, "old": session_id, "new": new_id, "seq": up_to_seq}
             for statement in sql.FORK_SESSION:
                 cursor = await connection.execute(statement, names)
@@ -281,10 +301,11 @@ class PostgresStore:
         a = acceptance
         facts: list[Any] = [a.input.decode(), a.options.decode(), a.if_busy, a.after_turn]
         facts += [a.max_queued, self._term_s]
-        [row] = await self._rows(
-            sql.ACCEPT,
-            [a.tenant, a.session_id, a.turn_id, a.idempotency_key, a.request_hash, *facts],
-        )
+        async with self._waiting(a.tenant, a.session_id):
+            [row] = await self._rows(
+                sql.ACCEPT,
+                [a.tenant, a.session_id, a.turn_id, a.idempotency_key, a.request_hash, *facts],
+            )
         turn: TurnRow | None = None
         if row["outcome"] == "accepted":
             turn = TurnRow(
@@ -328,7 +349,8 @@ class PostgresStore:
     async def request_cancel(
         self, tenant: str, session_id: str, turn_id: str | None
     ) -> tuple[list[str], str | None]:
-        rows = await self._rows(sql.REQUEST_CANCEL, [tenant, session_id, turn_id, turn_id])
+        async with self._waiting(tenant, session_id):
+            rows = await self._rows(sql.REQUEST_CANCEL, [tenant, session_id, turn_id, turn_id])
         return [row["id"] for row in rows], rows[0]["owner"] if rows else None
 
     # Ownership
@@ -342,7 +364,10 @@ class PostgresStore:
         placement: Literal["shared", "dedicated"],
         term_s: float,
     ) -> Claim | None:
-        rows = await self._rows(sql.CLAIM, [owner, tenant, session_id, placement, owner, term_s])
+        async with self._waiting(tenant, session_id):
+            rows = await self._rows(
+                sql.CLAIM, [owner, tenant, session_id, placement, owner, term_s]
+            )
         if not rows:
             return None
         previous: str | None = rows[0].pop("previous_owner")
@@ -361,22 +386,24 @@ class PostgresStore:
     ) -> Literal["released", "inbox", "lost"]:
         # The inbox is a column of the locked row, because a subquery over turns would be
         # answered from the statement's snapshot, taken before it waited for that lock.
-        rows = await self._rows(
-            "UPDATE sessions SET owner = NULL WHERE tenant = %s AND id = %s AND epoch = %s"
-            " AND inbox = %s RETURNING 1 AS one",
-            [tenant, session_id, epoch, inbox],
-        )
+        async with self._waiting(tenant, session_id):
+            rows = await self._rows(
+                "UPDATE sessions SET owner = NULL WHERE tenant = %s AND id = %s AND epoch = %s"
+                " AND inbox = %s RETURNING 1 AS one",
+                [tenant, session_id, epoch, inbox],
+            )
         if rows:
             return "released"
         current = await self.session(tenant, session_id)
         return "inbox" if current is not None and current.epoch == epoch else "lost"
 
     async def park(self, tenant: str, session_id: str, *, epoch: int, reason: str) -> None:
-        await self._rows(
-            "UPDATE sessions SET owner = NULL, parked_reason = %s, updated_at = now()"
-            " WHERE tenant = %s AND id = %s AND epoch = %s",
-            [reason, tenant, session_id, epoch],
-        )
+        async with self._waiting(tenant, session_id):
+            await self._rows(
+                "UPDATE sessions SET owner = NULL, parked_reason = %s, updated_at = now()"
+                " WHERE tenant = %s AND id = %s AND epoch = %s",
+                [reason, tenant, session_id, epoch],
+            )
 
     async def open_turns(
         self, tenant: str, session_id: str, *, epoch: int
