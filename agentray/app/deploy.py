@@ -46,7 +46,7 @@ def main() -> None:
                 _check_cluster(job["address"])
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
-            _stop()
+            _stop(alone=job["alone"])
     except Exception as error:
         logging.getLogger("agentray").exception("job_failed")
         # Ray wraps what a task raised, and shows the traceback first.
@@ -134,18 +134,19 @@ def _answers(settings: Settings) -> bool:
         connection.close()
 
 
-def _stop() -> None:
+def _stop(*, alone: bool) -> None:
     """Take the session hosts off and return when they have drained.
 
-    The models stay: running turns need them.
+    The simulator stays until then: running turns need it. Where Ray ends next, it ends with it.
     """
-    from ray import serve
-
-    while True:
-        # Serve waits a minute; how long is the supervisor's to say.
-        with contextlib.suppress(TimeoutError):
-            serve.delete(HOSTS_APP)
-            return
+    serve: Any = import_module("ray.serve")
+    for name in (HOSTS_APP,) if alone else (HOSTS_APP, SIMULATOR):
+        deleted = False
+        while not deleted:
+            # Serve waits a minute; how long is the supervisor's to say.
+            with contextlib.suppress(TimeoutError):
+                serve.delete(name)
+                deleted = True
 
 
 def _say(kind: str, text: str) -> None:

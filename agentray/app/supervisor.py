@@ -263,9 +263,8 @@ class Supervisor:
         """Take the session hosts off and wait until they have drained, or for a second signal."""
         timeout_s = self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S
         stopper = await self._job()
-        job = asyncio.create_task(
-            stopper.run({"do": "stop", "address": self._ray_address}, timeout_s=timeout_s)
-        )
+        task = {"do": "stop", "address": self._ray_address, "alone": self._head is not None}
+        job = asyncio.create_task(stopper.run(task, timeout_s=timeout_s))
         hurry = asyncio.create_task(self._hurry.wait())
         death = asyncio.create_task(self._head_dead())
         await asyncio.wait({job, hurry, death}, return_when=asyncio.FIRST_COMPLETED)

@@ -35,6 +35,7 @@ class System:
         *,
         hosts_app: str = PLACEHOLDER,
         settings: dict[str, Any] | None = None,
+        environ: dict[str, str] | None = None,
     ) -> None:
         self.layout = Layout.of(str(data_dir))
         self.port = free_port()
@@ -43,13 +44,18 @@ class System:
             *(sys.executable, "-m", "tests.integration.run_up", hosts_app),
             json.dumps({"data_dir": str(data_dir), "http": {"port": self.port}} | (settings or {})),
         ]
+        self._environ = environ
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the supervisor; return at once."""
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                self._arguments, stdout=output, stderr=output, start_new_session=True
+                self._arguments,
+                env=self._environ,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def wait_ready(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ import psycopg
 import pytest
 import redis
 
+from agentray.app.layout import Layout
 from agentray.app.processes import alive
 from agentray.config.state import read_state
 from tests.integration.systems import READY_S, System, eventually, kill
@@ -236,6 +239,78 @@ def test_after_a_kill_of_everything_it_starts_on_the_same_folder(tmp_path: Path)
             eventually(ended, timeout_s=15)
             assert system.wait_end() == 0
             assert endless.exception() is not None
+        assert system.processes() == []
+    finally:
+        system.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray cluster of its own, started as the command says, and the environment that it has."""
+    base = {
+        **os.environ,
+        "AGENTRAY_DATA_DIR": str(tmp_path / "node"),
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    printed = subprocess.run(
+        [sys.executable, "-m", "agentray", "env"],
+        env=base,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    words = [shlex.split(line) for line in printed.splitlines()]
+    assert {word for word, _ in words} == {"export"}
+    environ = {**base, **dict(pair.split("=", 1) for _, pair in words)}
+    folder = tempfile.mkdtemp(prefix="ar-test-", dir="/tmp")
+    started = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *("--port=0", f"--temp-dir={folder}", "--include-dashboard=false"),
+            *("--object-store-memory=100000000", "--num-cpus=2", "--no-monitor"),
+            *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
+        ],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        address = Path(folder) / "ray_current_cluster"
+        eventually(lambda: started.poll() is not None or address.exists(), timeout_s=READY_S)
+        yield address.read_text().strip(), environ
+    finally:
+        kill(pid for pid in _everything() if _session(pid) == started.pid)
+        started.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        Layout.of(str(tmp_path / "node")).remove_runtime()
+
+
+def _everything() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _session(pid: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return 0
+
+
+def test_a_cluster_that_is_there_is_used_and_left_as_it_was(
+    tmp_path: Path, cluster: tuple[str, dict[str, str]]
+) -> None:
+    address, environ = cluster
+    settings = {"ray": {"address": address}, "sessions": {"hosts": 1}}
+    system = System(tmp_path / "d", settings=settings, environ=environ)
+    system.start()
+    try:
+        system.wait_ready()
+        assert system.state.ray_address == address
+        host: int = system.get("/")["pid"]
+        assert host not in system.processes()
+        system.signal(signal.SIGINT)
+        assert system.wait_end() == 0
+        assert not alive(host)
         assert system.processes() == []
     finally:
         system.close()
