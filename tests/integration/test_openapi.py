@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
 from agentray.http.openapi import describe
 from agentray.http.routes import ROUTES
 from tests.followed_turn import echo, script
-from tests.integration.wire import Session
+from tests.integration.wire import Session, eventually
 from tests.system import System
 
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
@@ -94,8 +94,17 @@ class Seeds:
 
 
 @pytest.fixture(scope="module")
-def seeds(http: httpx.Client) -> Seeds:
-    return Seeds(http)
+def seeds(http: httpx.Client) -> Iterator[Seeds]:
+    yield Seeds(http)
+
+    def running() -> list[str]:
+        page = http.get("/v1/sessions", params={"status": "running", "limit": 100}).json()
+        return [session["id"] for session in page["data"]]
+
+    # What was begun to be cancelled, and then was asked for something else.
+    for session_id in running():
+        Session(http, session_id).cancel()
+    eventually(lambda: not running(), what="every turn that was accepted has ended")
 
 
 @pytest.fixture(scope="module")
