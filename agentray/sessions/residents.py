@@ -30,7 +30,7 @@ from agentray.storage.base import (
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 
-__all__ = ["Residents"]
+__all__ = ["Key", "Residents"]
 
 log = get_logger(__name__)
 
