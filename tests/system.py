@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,6 +178,7 @@ class System:
         """Leave nothing behind, whatever state the system is in."""
         if self._up is not None:
             self.kill_everything()
+            shutil.rmtree(self.layout.runtime_dir, ignore_errors=True)
 
     @property
     def output(self) -> Path:
@@ -200,15 +203,13 @@ class System:
 
     def sql(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Return the rows of a statement. Raises ``psycopg.OperationalError`` while it is away."""
-        connection = self._sql
-        if connection is None:
-            connection = self._sql = self.connect()
-        try:
-            cursor = connection.execute(statement.encode(), params)
-            return cursor.fetchall() if cursor.description else []
-        except psycopg.OperationalError:
+        if self._sql is not None:
+            # A server that was restarted since leaves a connection that is dead.
+            with contextlib.suppress(psycopg.OperationalError):
+                return _rows(self._sql, statement, params)
             self.close_sql()
-            raise
+        self._sql = self.connect()
+        return _rows(self._sql, statement, params)
 
     def close_sql(self) -> None:
         """Close the connection of :meth:`sql`; the next call opens another one."""
@@ -292,6 +293,14 @@ class System:
         owner = _owner(*facts)
         return (owner, epoch) if owner.lives and owner.silent_s < self.term_s else None
 
+    def door_of(self, owner: Owner) -> str:
+        """Return the base URL of one session host, past HAProxy."""
+        line = re.compile(rf"^\s*server \S*-{re.escape(owner.name)} (\S+)", re.MULTILINE)
+        for file in self.layout.runtime_dir.glob("*/haproxy.cfg"):
+            if found := line.search(file.read_text()):
+                return f"http://{found[1]}"
+        raise AssertionError(f"HAProxy knows no {owner}")
+
     async def until_hosts(self, count: int, *, timeout_s: float = 120.0) -> list[Owner]:
         """Return the living hosts when there are that many."""
         return await until(
@@ -304,8 +313,9 @@ class System:
         """Return the processes of a part: ``postgres``, ``redis``, ``haproxy``, ``controller``,
         ``gcs`` or ``raylet``; of PostgreSQL the one that the others descend from."""
         if role == "postgres":
-            pid = int((self.layout.postgres_dir / "postmaster.pid").read_text().split()[0])
-            return [pid]
+            note = self.layout.postgres_dir / "postmaster.pid"
+            pid = int(note.read_text().split()[0]) if note.exists() else 0
+            return [pid] if pid and alive(pid) else []
         mark = {
             "redis": "redis-server",
             "haproxy": "haproxy",
@@ -354,6 +364,13 @@ def command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     return ""
+
+
+def _rows(
+    connection: psycopg.Connection[Any], statement: str, params: tuple[Any, ...]
+) -> list[tuple[Any, ...]]:
+    cursor = connection.execute(statement.encode(), params)
+    return cursor.fetchall() if cursor.description else []
 
 
 def _lines(file: Path) -> Iterator[str]:
