@@ -117,8 +117,10 @@ class Hub:
     def feed(self, events: Sequence[AnyEvent]) -> None:
         """Add committed events; those that are known already are left out."""
         for event in events:
-            if event.seq <= self.last_seq:
+            behind_call = event.seq == self.base_seq and isinstance(event, ModelCalled)
+            if event.seq <= self.last_seq and not (behind_call and not self.events):
                 continue
+            # A hub that began right behind a call has to have it, to take its text.
             if event.seq != self.last_seq + 1:
                 self.rebase(event.seq - 1)
             self.events.append(event)
