@@ -86,23 +86,32 @@ class Layout:
             raise ConfigError(f"{self.runtime_dir} exists and is not a folder of this user")
         self.runtime_dir.chmod(0o700)
 
-    def sweep(self) -> None:
-        """Remove what earlier runs left in ``runtime_dir``, but for the logs of the last one."""
-        sessions = sorted(self.ray_dir.glob("session_2*"))
-        for path in [*self.runtime_dir.iterdir(), *self.ray_dir.glob("*")]:
-            if path == self.ray_dir or path in sessions[-1:]:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        link = self.logs_dir / "ray"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.ray_dir / "session_latest" / "logs")
+    def prepare(self) -> None:
+        """Begin with an empty ``runtime_dir``, and with Ray's logs among the others."""
+        self.remove_runtime()
+        self.runtime_dir.mkdir(mode=0o700)
+        self._remove_ray_logs()
+        self._ray_logs.symlink_to(self.ray_dir / "session_latest" / "logs")
         for log in self.logs_dir.glob("*.log"):
             if log.stat().st_size > _LOG_BYTES:
                 log.replace(log.with_suffix(".log.1"))
 
+    def keep_ray_logs(self) -> None:
+        """Copy Ray's logs to where they outlive ``runtime_dir``."""
+        logs = self.ray_dir / "session_latest" / "logs"
+        if logs.is_dir():
+            self._remove_ray_logs()
+            shutil.copytree(logs, self._ray_logs, symlinks=True, ignore_dangling_symlinks=True)
+
     def remove_runtime(self) -> None:
         """Remove ``runtime_dir``, in which nothing outlives the system."""
         shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    @property
+    def _ray_logs(self) -> Path:
+        return self.logs_dir / "ray"
+
+    def _remove_ray_logs(self) -> None:
+        if self._ray_logs.is_symlink():
+            self._ray_logs.unlink()
+        shutil.rmtree(self._ray_logs, ignore_errors=True)

@@ -98,8 +98,9 @@ class Supervisor:
         # What a killed supervisor left behind would hold ports, sockets and the database.
         await end_processes(owned_processes(self._layout))
         remove_state(self._layout.data_dir)
-        self._layout.sweep()
+        self._layout.remove_runtime()
         self._check_port()
+        self._layout.prepare()
         _allow_many_files()
         work = asyncio.create_task(self._work())
         stop = asyncio.create_task(self._stop.wait())
@@ -118,8 +119,10 @@ class Supervisor:
             await self._shut_down()
             self._ignore_signals()
         if code == 0:
-            self._layout.remove_runtime()
             self._report.info("stopped")
+        else:
+            self._layout.keep_ray_logs()
+        self._layout.remove_runtime()
         return code
 
     async def _work(self) -> None:

@@ -138,6 +138,7 @@ class System:
         if self.process is not None and self.process.poll() is None:
             self.kill_all()
         kill(self.processes())
+        self.layout.remove_runtime()
 
 
 def kill(pids: Iterable[int]) -> None:

@@ -324,6 +324,7 @@ def test_a_taken_port_is_named_and_nothing_is_started(tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
     assert str(port) in failed.stderr
     assert System(tmp_path / "d").processes() == []
+    assert not System(tmp_path / "d").layout.runtime_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -355,5 +356,7 @@ def test_a_session_host_that_cannot_start_ends_the_start_with_its_reason(tmp_pat
         assert system.wait_end(timeout_s=READY_S) == 1
         assert "the door is stuck" in system.said()
         assert system.processes() == []
+        assert not system.layout.runtime_dir.exists()
+        assert list((system.layout.logs_dir / "ray").glob("serve/replica_*.log"))
     finally:
         system.close()

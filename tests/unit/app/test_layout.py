@@ -43,15 +43,28 @@ def test_a_data_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         layout.make()
 
 
-def test_a_sweep_leaves_the_last_logs_of_ray_and_nothing_else(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     layout = Layout(data_dir=tmp_path / "data", runtime_dir=tmp_path / "run")
     layout.make()
-    old, new = (layout.ray_dir / f"session_2026-01-0{day}_00-00-00_0_1" for day in (1, 2))
-    for folder in (old, new, layout.runtime_dir / NODE_ID):
-        folder.mkdir(parents=True)
-    (layout.ray_dir / "session_latest").symlink_to(new.name)
+    (layout.runtime_dir / NODE_ID).mkdir()
     (layout.runtime_dir / "redis.sock").touch()
-    layout.sweep()
-    layout.sweep()
-    assert list(layout.runtime_dir.iterdir()) == [layout.ray_dir]
-    assert list(layout.ray_dir.iterdir()) == [new]
+    layout.prepare()
+    layout.prepare()
+    assert list(layout.runtime_dir.iterdir()) == []
+
+
+def test_rays_logs_are_found_among_the_others_also_when_it_has_failed(tmp_path: Path) -> None:
+    layout = Layout(data_dir=tmp_path / "data", runtime_dir=tmp_path / "run")
+    layout.make()
+    layout.prepare()
+    logs = layout.ray_dir / "session_1" / "logs"
+    logs.mkdir(parents=True)
+    (layout.ray_dir / "session_latest").symlink_to("session_1")
+    (logs / "raylet.out").write_text("why")
+    assert (layout.logs_dir / "ray" / "raylet.out").read_text() == "why"
+    layout.keep_ray_logs()
+    layout.remove_runtime()
+    assert (layout.logs_dir / "ray" / "raylet.out").read_text() == "why"
+    layout.make()
+    layout.prepare()
+    assert not (layout.logs_dir / "ray" / "raylet.out").exists()
