@@ -1,4 +1,5 @@
-"""How a session behaves, over HTTP: the same in a shared host as in a process of its own."""
+"""How a session behaves, over HTTP: the same in a shared host, in a process of its own, and
+whichever host a request comes to."""
 
 from __future__ import annotations
 
@@ -20,9 +21,30 @@ SLOW = script(STORY, tokens=12, tps=10)
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
 
 
-@pytest.fixture(params=["shared", "dedicated"])
-def placement(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["shared", "dedicated", "scattered"])
+def way(request: pytest.FixtureRequest) -> str:
+    """A placement; or ``scattered``, where each request comes to any host, not to the owner."""
     return request.param
+
+
+@pytest.fixture
+def placement(way: str) -> str:
+    return "dedicated" if way == "dedicated" else "shared"
+
+
+def _scatter(request: httpx.Request) -> None:
+    # This header decides before the path does.
+    request.headers["x-session-id"] = uuid.uuid4().hex
+
+
+@pytest.fixture
+def http(http: httpx.Client, way: str) -> Iterator[httpx.Client]:
+    if way != "scattered":
+        yield http
+        return
+    hooks = {"request": [_scatter]}
+    with httpx.Client(base_url=http.base_url, timeout=60, event_hooks=hooks) as client:
+        yield client
 
 
 @pytest.fixture
@@ -435,7 +457,7 @@ def test_a_tool_that_is_unknown_or_called_wrongly_is_the_models_to_mend(session:
 def test_many_sessions_run_at_once_and_do_not_mix(
     system: System, http: httpx.Client, placement: str
 ) -> None:
-    count = 24 if placement == "shared" else 4
+    count = 4 if placement == "dedicated" else 24
     sessions = [Session.make(http, placement=placement) for _ in range(count)]
 
     def talk(session: Session) -> str:
