@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -108,6 +110,38 @@ def test_ctrl_c_cancels_the_answer(run: Command, http: httpx.Client) -> None:
         assert chat.wait(timeout=30) == 1
     (end,) = [event for event in session.events() if event["type"] == "turn.finished"]
     assert end["status"] == "cancelled"
+
+
+def test_a_chat_in_a_terminal_is_a_conversation(run: Command) -> None:
+    here, there = pty.openpty()
+    session_id = new_id()
+    shown = b""
+
+    def wait_for(text: str) -> None:
+        nonlocal shown
+        while text.encode() not in shown:
+            assert select.select([here], [], [], 30)[0], shown
+            shown += os.read(here, 4096)
+        shown = shown.partition(text.encode())[2]
+
+    with subprocess.Popen(
+        [*AGENTRAY, "chat", "--session", session_id, *run.where],
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as chat:
+        os.close(there)
+        wait_for(f"session {session_id}")
+        os.write(here, b"My name is Ada.\n")
+        wait_for("Nice to meet you, Ada.")
+        os.write(here, b"What is my name?\n")
+        wait_for("Your name is Ada.")
+        os.write(here, b"/exit\n")
+        wait_for(f"agentray chat --session {session_id}")
+        assert chat.wait(timeout=30) == 0
+    os.close(here)
 
 
 def test_a_failed_answer_is_an_exit_code(run: Command) -> None:
