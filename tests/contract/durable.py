@@ -33,6 +33,7 @@ __all__ = [
     "put",
     "row_of",
     "session_row",
+    "blocked",
 ]
 
 TERM_S = 3.0
@@ -149,3 +150,17 @@ async def fall_silent(other: AsyncConnection[Any], owner: str, seconds: float) -
         "UPDATE hosts SET beat_at = now() - make_interval(secs => %s) WHERE id = %s",
         [seconds, owner],
     )
+
+
+async def blocked(other: AsyncConnection[Any], count: int) -> None:
+    """Return when so many statements wait for a lock."""
+
+    async def wait() -> bool:
+        # Inside of a transaction it would be seen once and remembered.
+        await other.execute("SELECT pg_stat_clear_snapshot()")
+        cursor = await other.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        )
+        return await cursor.fetchone() == (count,)
+
+    await until(wait, f"{count} statements wait for a lock")

@@ -15,6 +15,7 @@ from tests.contract.durable import (
     TERM_S,
     T,
     accept,
+    blocked,
     claim,
     create,
     fall_silent,
@@ -49,6 +50,19 @@ async def test_one_of_many_claimants_wins(services: Services, store: PostgresSto
         assert row.epoch == before + 1
     for each in stores:
         await each.close()
+
+
+async def test_claimants_that_saw_the_same_epoch_have_one_winner(
+    store: PostgresStore, other: AsyncConnection[Any]
+) -> None:
+    """Even if each takes the others for dead."""
+    await create(store, "s")
+    async with other.transaction():
+        await other.execute("SELECT 1 FROM sessions WHERE id = 's' FOR UPDATE")
+        claiming = [asyncio.ensure_future(claim(store, "s", f"o{n}")) for n in range(3)]
+        await blocked(other, 3)
+    claims = await asyncio.gather(*claiming)
+    assert [each is None for each in claims].count(False) == 1
 
 
 async def test_a_claim_brings_all_that_is_open_in_order(store: PostgresStore) -> None:

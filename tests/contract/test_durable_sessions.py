@@ -109,6 +109,7 @@ async def test_a_fork_has_all_up_to_its_place_and_goes_its_own_way(store: Postgr
     fork = await store.fork_session(T, "s", "f", 6)
     assert fork is not None
     assert (fork.last_seq, fork.turns, fork.latest_turn, fork.owner) == (6, 2, "t1", None)
+    assert fork.epoch >= fork.first_epoch
     assert await journal(store, "f") == (await journal(store, "s"))[:6]
     assert await store.turn(T, "f", "t2") is None
     copied, source = await store.turn(T, "f", "t1"), await store.turn(T, "s", "t1")

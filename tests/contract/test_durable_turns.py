@@ -6,6 +6,8 @@ import asyncio
 import random
 from typing import Any
 
+from psycopg import AsyncConnection
+
 from agentray.storage.base import (
     Accepted,
 )
@@ -13,6 +15,7 @@ from agentray.storage.postgres import PostgresStore
 from tests.contract.durable import (
     T,
     accept,
+    blocked,
     born,
     claim,
     expire,
@@ -126,6 +129,18 @@ async def test_no_message_slips_between_an_owner_and_its_release(store: Postgres
             assert accepted.owner == "me"
             assert (await row_of(store, name)).owner == "me"
     assert seen == {"released", "inbox"}, "the race was no race"
+
+
+async def test_who_accepts_hears_of_a_release_that_is_under_way(
+    store: PostgresStore, other: AsyncConnection[Any]
+) -> None:
+    await own(store, "s")
+    async with other.transaction():
+        await other.execute("UPDATE sessions SET owner = NULL WHERE id = 's'")
+        accepting = asyncio.ensure_future(accept(store, "s", "t1"))
+        await blocked(other, 1)
+    accepted = await accepting
+    assert (accepted.outcome, accepted.owner) == ("accepted", None)
 
 
 async def test_a_session_that_was_lost_is_not_released(store: PostgresStore) -> None:
