@@ -243,6 +243,13 @@ class System:
         connection.execute("SELECT 1 FROM sessions WHERE id = %s FOR UPDATE", [session_id])
         return Lock(connection)
 
+    def lock_beat(self, owner: Owner) -> Lock:
+        """Hold an owner's row in ``hosts``: its heartbeat waits, so it cannot know its state."""
+        connection = self.connect()
+        connection.execute("BEGIN")
+        connection.execute("SELECT 1 FROM hosts WHERE id = %s FOR UPDATE", [owner.id])
+        return Lock(connection)
+
     def lock_append(self, session_id: str) -> Lock:
         """Hold the place of a session's next event: the append that comes waits in the server."""
         connection = self.connect()

@@ -19,7 +19,7 @@ import uvicorn
 
 from agentray.config.settings import Settings, SimulatorSettings
 from agentray.errors import StorageUnavailableError
-from agentray.events import Message
+from agentray.events import Message, ToolCalled
 from agentray.models.simulator import Simulator
 from agentray.sessions.base import TurnInfo
 from agentray.sessions.process import OwnerProcess
@@ -200,6 +200,32 @@ async def test_a_message_sent_again_after_a_lost_answer_is_one_turn(
     ended = [await world.sessions.wait(TENANT, session_id, turn.id) for turn in (slow, first)]
     assert [turn.text for turn in ended] == ["slow", "second"]
     assert [turn.id for turn in world.sound(session_id).turns()] == [slow.id, first.id]
+
+
+async def test_the_fence_stops_an_owner_that_knows_of_no_takeover(world: World) -> None:
+    await world.sessions.create(TENANT, session_id="stolen")
+    said = script("{tool_results}", tools=[echo("x", 0.3)])
+    turn = await world.submit("stolen", said)
+    await until(
+        lambda: Journal.read(world.sql, "stolen").turn(turn.id).of(ToolCalled), what="a tool runs"
+    )
+    world.sql(
+        "WITH thief AS (INSERT INTO hosts (id, kind, address, beat_at)"
+        " VALUES ('thief', 'shared', 'there/thief/0', now() + interval '1h') RETURNING id)"
+        " UPDATE sessions SET epoch = epoch + 1, owner = thief.id FROM thief"
+        " WHERE sessions.id = 'stolen' RETURNING 1"
+    )
+    stolen = Journal.read(world.sql, "stolen")
+    assert world.process.residents.peek((TENANT, "stolen")) is not None
+    # Nothing has told it: it is the append of the tool's result that is refused.
+    await until(
+        lambda: world.process.residents.peek((TENANT, "stolen")) is None,
+        what="it drops the session",
+    )
+    assert Journal.read(world.sql, "stolen") == stolen
+    world.sql("DELETE FROM hosts WHERE id = 'thief' RETURNING 1")
+    assert (await world.sessions.wait(TENANT, "stolen", turn.id)).text == "x"
+    world.sound("stolen")
 
 
 async def test_sessions_whose_rows_are_held_stall_no_other(world: World) -> None:

@@ -66,11 +66,14 @@ class Turns:
             for turn, _ in self.turns
         )
 
-    async def assert_whole(self) -> None:
-        """Assert that all ended well, that the journals are sound, and that the sessions go on."""
+    async def assert_whole(self, *, owners_died: bool) -> None:
+        """Assert that all ended well, taken over if and only if their owners died, that the
+        journals are sound, and that the sessions go on."""
         for turn, text in self.turns:
             assert turn.status == "completed", turn.events[-1]
             assert turn.text == text
+            taken_over = any(event["type"] == "turn.resumed" for event in turn.events)
+            assert taken_over == owners_died, str(turn)
         for session_id in self._ids:
             again = FollowedTurn(self._http, self._system.url, session_id, script("again"))
             assert (await again.run()).text == "again"
@@ -93,7 +96,7 @@ async def test_turns_outlive_the_death_of_any_other_process(
             lambda: (found := system.pids(part)) and not set(found) & set(victims),
             what=f"{part} is back",
         )
-    await turns.assert_whole()
+    await turns.assert_whole(owners_died=part == "gcs")
 
 
 async def test_after_the_death_of_everything_the_next_start_ends_what_had_begun(
@@ -104,4 +107,4 @@ async def test_after_the_death_of_everything_the_next_start_ends_what_had_begun(
     async with turns.running():
         await asyncio.to_thread(system.kill_everything)
         await asyncio.to_thread(system.restart)
-    await turns.assert_whole()
+    await turns.assert_whole(owners_died=True)
