@@ -238,27 +238,33 @@ class System:
 
     def lock_row(self, session_id: str) -> Lock:
         """Hold a session's row: appends to it are put off, claims and releases of it wait."""
-        connection = self.connect()
-        connection.execute("BEGIN")
-        connection.execute("SELECT 1 FROM sessions WHERE id = %s FOR UPDATE", [session_id])
-        return Lock(connection)
+        return self._lock("SELECT 1 FROM sessions WHERE id = %s FOR UPDATE", session_id)
 
     def lock_beat(self, owner: Owner) -> Lock:
         """Hold an owner's row in ``hosts``: its heartbeat waits, so it cannot know its state."""
-        connection = self.connect()
-        connection.execute("BEGIN")
-        connection.execute("SELECT 1 FROM hosts WHERE id = %s FOR UPDATE", [owner.id])
-        return Lock(connection)
+        return self._lock("SELECT 1 FROM hosts WHERE id = %s FOR UPDATE", owner.id)
 
     def lock_append(self, session_id: str) -> Lock:
-        """Hold the place of a session's next event: the append that comes waits in the server."""
-        connection = self.connect()
-        connection.execute("BEGIN")
-        connection.execute(
+        """Hold the place of a session's next event: the append that comes waits in the server.
+
+        Raises ``psycopg.errors.UniqueViolation`` if an append was faster.
+        """
+        return self._lock(
             "INSERT INTO events SELECT tenant, id, last_seq + 1, epoch, '' FROM sessions"
             " WHERE id = %s",
-            [session_id],
+            session_id,
         )
+
+    def _lock(self, statement: str, name: str) -> Lock:
+        connection = self.connect()
+        try:
+            connection.execute("BEGIN")
+            # Whom it waits for may wait for another lock of the test.
+            connection.execute("SET LOCAL lock_timeout = '500ms'")
+            connection.execute(statement.encode(), [name])
+        except psycopg.Error:
+            connection.close()
+            raise
         return Lock(connection)
 
     def waiting_for(self, lock: Lock, statement: str) -> int | None:
@@ -337,16 +343,6 @@ class System:
                 found.append(pid)
         return found
 
-    def log(self, *needles: str) -> list[str]:
-        """Return the lines of the owners' logs in which all of these texts are."""
-        return [
-            line
-            for file in (self.layout.ray_dir / "session_latest" / "logs").rglob("*")
-            if file.is_file()
-            for line in _lines(file)
-            if all(needle in line for needle in needles)
-        ]
-
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to a process that may have ended."""
@@ -378,11 +374,6 @@ def _rows(
 ) -> list[tuple[Any, ...]]:
     cursor = connection.execute(statement.encode(), params)
     return cursor.fetchall() if cursor.description else []
-
-
-def _lines(file: Path) -> Iterator[str]:
-    with contextlib.suppress(OSError):
-        yield from file.read_text(errors="replace").splitlines()
 
 
 def _owner(owner_id: str, kind: str, address: str, silent_s: float) -> Owner:

@@ -125,15 +125,18 @@ class Attack:
         else:  # a tool's result
             turn = self._turn(script("got {tool_results}", tools=[echo("b", 0.7)]), "got b")
             last = "tool.called"
-        lock = await self._until(turn, lambda: self._lock_append(last), "its append can be held")
-        try:
-            await self._until(
-                turn, lambda: self._system.waiting_for(lock, _APPEND), "an append is held"
-            )
-            # If another attack was faster, this one has not hit.
-            self._kill_now()
-        finally:
-            lock.let_go()
+        lock: Lock | None = await self._until(
+            turn, lambda: self._lock_append(last), "its append can be held"
+        )
+        if lock is not None:
+            try:
+                await self._until(
+                    turn, lambda: self._system.waiting_for(lock, _APPEND), "an append is held"
+                )
+                # If another attack was faster, this one has not hit.
+                self._kill_now()
+            finally:
+                lock.let_go()
         await turn
 
     def _lock_append(self, last: str) -> Lock | None:
@@ -147,7 +150,9 @@ class Attack:
 
     async def _releasing(self) -> None:
         await self._turn(script("hello"), "hello")
-        lock = self._system.lock_row(self.session_id)
+        lock: Lock = await until(
+            lambda: self._system.lock_row(self.session_id), what=f"the row of {self.session_id}"
+        )
         try:
             # Another attack may hit the same host first: then there is nothing to kill.
             await until(
@@ -186,13 +191,12 @@ class Attack:
         return asyncio.create_task(followed.run())
 
     async def _until(self, turn: asyncio.Task[Any], condition: Callable[[], Any], what: str) -> Any:
-        def or_over() -> Any:
-            if turn.done():
-                turn.result()
-                raise AssertionError(f"{self.session_id}: the turn ended before {what}")
-            return condition()
+        """Return what the condition returns when that is true; None if the turn ends first."""
 
-        return await until(or_over, what=f"{self.session_id}: {what}")
+        def or_over() -> Any:
+            return (None,) if turn.done() else (found := condition()) and (found,)
+
+        return (await until(or_over, what=f"{self.session_id}: {what}"))[0]
 
     async def _when(
         self, turn: asyncio.Task[Any], moment: Callable[[tuple[int, int, str]], bool]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import aiohttp
@@ -68,7 +68,7 @@ def _drawn(rng: random.Random) -> tuple[str, str]:
     return script(WORDS, tps=25), WORDS
 
 
-def assert_turns_whole(system: System, turns: Iterable[tuple[FollowedTurn, str]]) -> None:
+def assert_turns_whole(system: System, turns: Sequence[tuple[FollowedTurn, str]]) -> None:
     """Assert that every turn ended once and well, that its client saw exactly what the journal
     has, that the journals are sound, and that no other turn is there."""
     posted: dict[str, set[str]] = {}
