@@ -53,16 +53,26 @@ async def test_one_of_many_claimants_wins(services: Services, store: PostgresSto
 
 
 async def test_claimants_that_saw_the_same_epoch_have_one_winner(
-    store: PostgresStore, other: AsyncConnection[Any]
+    services: Services, store: PostgresStore, other: AsyncConnection[Any]
 ) -> None:
     """Even if each takes the others for dead."""
     await create(store, "s")
+    stores = [
+        PostgresStore(services.postgres.url, PostgresSettings(pool_size=1), term_s=TERM_S)
+        for _ in range(3)
+    ]
+    for each in stores:
+        await each.open()
     async with other.transaction():
         await other.execute("SELECT 1 FROM sessions WHERE id = 's' FOR UPDATE")
-        claiming = [asyncio.ensure_future(claim(store, "s", f"o{n}")) for n in range(3)]
+        claiming = [
+            asyncio.ensure_future(claim(each, "s", f"o{n}")) for n, each in enumerate(stores)
+        ]
         await blocked(other, 3)
     claims = await asyncio.gather(*claiming)
     assert [each is None for each in claims].count(False) == 1
+    for each in stores:
+        await each.close()
 
 
 async def test_a_claim_brings_all_that_is_open_in_order(store: PostgresStore) -> None:
