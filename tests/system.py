@@ -343,6 +343,16 @@ class System:
                 found.append(pid)
         return found
 
+    def log(self, *needles: str) -> list[str]:
+        """Return the lines of the owners' logs in which all of these texts are."""
+        return [
+            line
+            for file in (self.layout.ray_dir / "session_latest" / "logs").rglob("*")
+            if file.is_file()
+            for line in _lines(file)
+            if all(needle in line for needle in needles)
+        ]
+
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to a process that may have ended."""
@@ -374,6 +384,11 @@ def _rows(
 ) -> list[tuple[Any, ...]]:
     cursor = connection.execute(statement.encode(), params)
     return cursor.fetchall() if cursor.description else []
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        yield from file.read_text(errors="replace").splitlines()
 
 
 def _owner(owner_id: str, kind: str, address: str, silent_s: float) -> Owner:
