@@ -67,7 +67,8 @@ StreamItem = AnyEvent | Delta
 def item_cursor(item: StreamItem, before: Cursor) -> Cursor:
     """Return the cursor behind an item of a stream that came behind ``before``."""
     if isinstance(item, Delta):
-        return Cursor(item.seq, item.offset)
+        # The rest of a lost call's text comes behind the takeover that found it.
+        return Cursor(max(item.seq, before.seq), item.offset)
     if isinstance(item, ModelCalled):
         return Cursor(item.seq, item.continued_from)
     # A takeover ends no call: how much of its text was seen is still to be known.
