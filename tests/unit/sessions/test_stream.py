@@ -243,6 +243,35 @@ def test_text_behind_a_gap_is_refused() -> None:
     assert hub.text == "abcde"
 
 
+def test_events_that_are_known_leave_the_running_text_alone() -> None:
+    hub = Hub()
+    hub.feed([called(1)])
+    hub.append_text("abc")
+    hub.show(1, 3)
+    hub.feed([called(1)])
+    assert hub.read(Cursor(1)) == [Delta("t", 1, 3, "abc")]
+
+
+def test_a_follower_that_begins_is_told_what_is_shown_and_no_more() -> None:
+    hub, mirror = Hub(), Hub()
+    hub.feed([called(1, continued_from=4)])
+    hub.append_text("abc")
+    hub.show(1, 2)
+    assert mirror.apply(hub.snapshot("t", "s"))
+    assert mirror.read(Cursor(0)) == [called(1, continued_from=4), Delta("t", 1, 6, "ab")]
+
+
+def test_a_cursor_never_goes_back() -> None:
+    """The rest of a lost call's text comes behind the takeover that found it."""
+    resumed = TurnResumed(seq=2, turn_id="t", at=0.0, phase="streaming", epoch=2, owner="o")
+    cursor = Cursor(0)
+    for item in (called(1), Delta("t", 1, 3, "abc"), resumed, Delta("t", 1, 5, "de")):
+        behind = item_cursor(item, cursor)
+        assert behind > cursor
+        cursor = behind
+    assert cursor == Cursor(2, 5)
+
+
 async def test_a_change_wakes_all_who_wait_but_those_who_left() -> None:
     hub = Hub()
     loop = asyncio.get_running_loop()
