@@ -42,8 +42,10 @@ def owned_processes(layout: Layout) -> list[int]:
             store = Path(f"/proc/{pid}/exe").readlink().name in _STORES
             if marked or (store and Path(f"/proc/{pid}/cwd").readlink() in folders):
                 ours[pid] = strangers.pop(pid)
-    # Sessions that a process of ours leads, or led; not one that a stranger leads.
-    sessions = {session for session in ours.values() if session not in strangers}
+    # Sessions that a process of ours leads, or led; not one that a stranger leads, nor this one,
+    # whose leader may have ended. Nothing leads session 0: its leader is outside our PID
+    # namespace, or there is none (a container's first process and what it starts).
+    sessions = set(ours.values()) - set(strangers) - {0, os.getsid(0)}
     ours |= {pid: session for pid, session in strangers.items() if session in sessions}
     return sorted(ours.keys() - _ancestors(os.getpid()))
 

@@ -69,9 +69,16 @@ def test_the_marked_their_session_and_stores_in_our_folders_are_ours(
     os.kill(heir, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("session", ["led", "without a leader"])
 def test_a_marked_process_in_a_strangers_session_does_not_make_the_session_ours(
-    layout: Layout, started: list[subprocess.Popen[bytes]]
+    layout: Layout,
+    started: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    session: str,
 ) -> None:
+    if session == "without a leader":
+        # As a container's first process sees it, and the kernel's threads.
+        monkeypatch.setattr(os, "getsid", lambda pid: 0)
     marked = {**os.environ, MARKER: layout.key}
     started.append(subprocess.Popen([sys.executable, "-c", SLEEP], env=marked))
     eventually(lambda: bool(owned_processes(layout)))
