@@ -177,22 +177,7 @@ class PostgresStore:
                     connection, self._journal = self._journal, None
                     await connection.close()
                 raise
-        results = [AppendResult("locked")] * len(appends)
-        for index, exists, locked, fits, landed, epoch, last_seq in rows:
-            append = appends[int(index)]
-            if landed:
-                results[index] = AppendResult("landed", epoch, append.last_seq)
-            elif not exists:
-                results[index] = AppendResult("gone")
-            elif not locked:
-                results[index] = AppendResult("locked")
-            elif fits:
-                results[index] = AppendResult("duplicate", epoch, last_seq)
-            elif (epoch, last_seq + 1) == (append.epoch, append.first_seq):
-                results[index] = AppendResult("mail", epoch, last_seq)
-            else:
-                results[index] = AppendResult("stale", epoch, last_seq)
-        return results
+        return [AppendResult(outcome, epoch, last_seq) for outcome, epoch, last_seq in rows]
 
     async def events(
         self, tenant: str, session_id: str, *, after: int, limit: int, up_to: int | None = None
@@ -449,28 +434,47 @@ class PostgresStore:
         await self._rows("DELETE FROM hosts WHERE id = %s", [owner])
 
 
-def _append_params(appends: Sequence[Append]) -> list[Any]:
-    born = [append.born for append in appends]
-    counts = [len(append.events) for append in appends]
-    return [
-        list(range(len(appends))),
-        [append.tenant for append in appends],
-        [append.session_id for append in appends],
-        [append.epoch for append in appends],
-        [append.first_seq for append in appends],
-        counts,
-        [append.inbox for append in appends],
-        [b.turn_id if b else None for b in born],
-        [b.idempotency_key if b else None for b in born],
-        [b.request_hash if b else None for b in born],
-        [b.options.decode() if b else None for b in born],
-        [append.started_turn for append in appends],
-        [append.ended_turn for append in appends],
-        [append.ended_status for append in appends],
-        [index for index, count in enumerate(counts) for _ in range(count)],
-        [append.first_seq + k for append in appends for k in range(len(append.events))],
-        [event.decode() for append in appends for event in append.events],
-    ]
+class _Head(msgspec.Struct, omit_defaults=True):
+    """An append without its events, as ``append_events`` takes it."""
+
+    tenant: str
+    id: str
+    epoch: int
+    first_seq: int
+    n: int
+    inbox: int | None = None
+    born: str | None = None
+    key: str | None = None
+    hash: str | None = None
+    options: str | None = None
+    started: str | None = None
+    ended: str | None = None
+    status: str | None = None
+
+
+def _head(append: Append) -> _Head:
+    head = _Head(
+        append.tenant,
+        append.session_id,
+        append.epoch,
+        append.first_seq,
+        len(append.events),
+        inbox=append.inbox,
+        started=append.started_turn,
+        ended=append.ended_turn,
+        status=append.ended_status,
+    )
+    if (born := append.born) is not None:
+        head.born, head.key, head.hash = born.turn_id, born.idempotency_key, born.request_hash
+        head.options = born.options.decode()
+    return head
+
+
+def _append_params(appends: Sequence[Append]) -> tuple[str, str]:
+    heads = msgspec.json.encode([_head(append) for append in appends])
+    # No newline is left in JSON that msgspec has encoded.
+    bodies = b"\n".join([event for append in appends for event in append.events])
+    return heads.decode(), bodies.decode()
 
 
 def _session_row(row: dict[str, Any]) -> SessionRow:

@@ -56,67 +56,7 @@ SELECT id, ordinal, state, status, idempotency_key, request_hash, input, options
 FROM turns WHERE tenant = %s AND session_id = %s
 """
 
-# One statement for the appends of many sessions.
-# - locked: the rows' latest versions, locked; a row that somebody else holds is left for the
-#   next batch instead of stalling this one.
-# - fits: epoch, contiguity and inbox are compared on the locked rows, not on the snapshot's.
-# - born: a turn's idempotency key that exists already refuses its own append and no other.
-# - all changes follow from ok, so an append lands whole or not at all.
-APPEND = """
-WITH a AS MATERIALIZED (
-  SELECT * FROM unnest(
-    %s::int[], %b::text[], %b::text[], %s::bigint[], %s::bigint[], %s::int[],
-    %s::bigint[],
-    %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[]
-  ) AS a(i, tenant, id, epoch, first_seq, n, inbox,
-         born, key, hash, options, started, ended, ended_status)
-), locked AS MATERIALIZED (
-  SELECT a.i, s.epoch, s.last_seq, s.inbox
-  FROM a JOIN sessions s ON s.tenant = a.tenant AND s.id = a.id
-  FOR UPDATE OF s SKIP LOCKED
-), fits AS MATERIALIZED (
-  SELECT a.* FROM a JOIN locked l ON l.i = a.i
-  WHERE l.epoch = a.epoch AND l.last_seq + 1 = a.first_seq
-    AND (a.inbox IS NULL OR a.inbox = l.inbox)
-), born AS (
-  INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash, options,
-                     first_seq)
-  SELECT tenant, id, born, 'running', key, hash, options, first_seq
-  FROM fits WHERE born IS NOT NULL
-  ON CONFLICT DO NOTHING
-  RETURNING tenant, session_id
-), ok AS MATERIALIZED (
-  SELECT f.* FROM fits f LEFT JOIN born b ON b.tenant = f.tenant AND b.session_id = f.id
-  WHERE f.born IS NULL OR b.tenant IS NOT NULL
-), written AS (
-  INSERT INTO events (tenant, session_id, seq, epoch, body)
-  SELECT ok.tenant, ok.id, e.seq, ok.epoch, e.body
-  FROM unnest(%s::int[], %s::bigint[], %b::text[]) AS e(i, seq, body) JOIN ok ON ok.i = e.i
-), moved AS (
-  UPDATE sessions s SET
-    last_seq = ok.first_seq + ok.n - 1,
-    updated_at = now(),
-    turns = s.turns + (ok.born IS NOT NULL OR ok.started IS NOT NULL)::int,
-    latest_turn = coalesce(ok.born, s.latest_turn)
-  FROM ok WHERE s.tenant = ok.tenant AND s.id = ok.id
-), started AS (
-  UPDATE turns t SET state = 'running', first_seq = ok.first_seq, input = NULL
-  FROM ok WHERE t.tenant = ok.tenant AND t.session_id = ok.id AND t.id = ok.started
-), ended AS (
-  UPDATE turns t SET state = 'done', status = ok.ended_status, finished_at = now(),
-    last_seq = ok.first_seq + ok.n - 1
-  FROM ok WHERE t.tenant = ok.tenant AND t.session_id = ok.id AND t.id = ok.ended
-)
-SELECT a.i,
-  s.id IS NOT NULL AS exists, l.i IS NOT NULL AS locked, f.i IS NOT NULL AS fits,
-  ok.i IS NOT NULL AS landed,
-  coalesce(l.epoch, 0), coalesce(l.last_seq, 0)
-FROM a
-LEFT JOIN locked l ON l.i = a.i
-LEFT JOIN fits f ON f.i = a.i
-LEFT JOIN ok ON ok.i = a.i
-LEFT JOIN sessions s ON s.tenant = a.tenant AND s.id = a.id
-"""
+APPEND = "SELECT * FROM append_events(%s::json, %s::text)"
 
 # The events of the last turns that began, from the first of them on.
 RECENT_EVENTS = """

@@ -1,7 +1,8 @@
 """The schema of the durable tier, as migrations that run once, in order.
 
 There are no foreign keys: every write of ``turns`` and ``events`` holds the lock of its session's
-row already, and a check a row would cost a tenth of an append.
+row already, and a check a row would cost a tenth of an append. Keys are compared as bytes: they are
+ASCII, and the rules of a language would cost more than the rest of a look into an index.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ __all__ = ["MIGRATIONS"]
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE hosts (
-        id         text PRIMARY KEY,
+        id         text COLLATE "C" PRIMARY KEY,
         kind       text NOT NULL,
         address    text NOT NULL,
         started_at timestamptz NOT NULL DEFAULT now(),
@@ -19,8 +20,8 @@ MIGRATIONS: tuple[str, ...] = (
     );
 
     CREATE TABLE sessions (
-        tenant        text NOT NULL,
-        id            text NOT NULL,
+        tenant        text COLLATE "C" NOT NULL,
+        id            text COLLATE "C" NOT NULL,
         agent         text NOT NULL,
         user_id       text,
         placement     text NOT NULL,
@@ -38,16 +39,18 @@ MIGRATIONS: tuple[str, ...] = (
         latest_turn   text,
         PRIMARY KEY (tenant, id)
     ) WITH (fillfactor = 70);
-    CREATE INDEX sessions_newest ON sessions (tenant, created_at DESC, id DESC);
+    -- Without the id, ties are sorted behind it: with it, lookups by id were planned as scans of
+    -- this index as long as the table had no statistics.
+    CREATE INDEX sessions_newest ON sessions (tenant, created_at DESC);
 
     CREATE TABLE turns (
-        tenant           text NOT NULL,
-        session_id       text NOT NULL,
-        id               text NOT NULL,
+        tenant           text COLLATE "C" NOT NULL,
+        session_id       text COLLATE "C" NOT NULL,
+        id               text COLLATE "C" NOT NULL,
         ordinal          bigint NOT NULL GENERATED ALWAYS AS IDENTITY,
         state            text NOT NULL,
         status           text,
-        idempotency_key  text,
+        idempotency_key  text COLLATE "C",
         request_hash     text NOT NULL,
         input            text,
         options          text NOT NULL,
@@ -65,8 +68,8 @@ MIGRATIONS: tuple[str, ...] = (
         WHERE first_seq IS NOT NULL;
 
     CREATE TABLE events (
-        tenant     text NOT NULL,
-        session_id text NOT NULL,
+        tenant     text COLLATE "C" NOT NULL,
+        session_id text COLLATE "C" NOT NULL,
         seq        bigint NOT NULL,
         epoch      bigint NOT NULL,
         body       text NOT NULL,
@@ -139,5 +142,82 @@ MIGRATIONS: tuple[str, ...] = (
         WHERE tenant = of_tenant AND id = of_session;
     END
     $accept$;
+
+    -- Appends to many sessions in one round trip. heads has an object for each of them, bodies its
+    -- n events, a line each, one append's behind the other's. Each lands whole or not at all.
+    -- - A row that somebody else holds is left for the next batch instead of stalling this one.
+    -- - Epoch, contiguity and inbox are compared on the locked row, not on the snapshot's.
+    -- - A turn's id or idempotency key that exists already refuses its own append and no other.
+    -- A loop, not one statement over sets: that one's joins cost more than its rows, and its plan
+    -- depended on statistics. Texts, not arrays: the client took 0.1 ms to make a dozen arrays.
+    CREATE FUNCTION append_events(heads json, bodies text)
+    RETURNS TABLE (outcome text, at_epoch bigint, at_seq bigint)
+    LANGUAGE plpgsql VOLATILE AS $append$
+    DECLARE
+        lines text[] := string_to_array(bodies, E'\\n');
+        a record;
+        s record;
+        done int := 0;
+    BEGIN
+        FOR a IN
+            SELECT * FROM json_to_recordset(heads) AS a(
+                tenant text, id text, epoch bigint, first_seq bigint, n int, inbox bigint,
+                born text, key text, hash text, options text,
+                started text, ended text, status text)
+        LOOP
+            done := done + a.n;
+            SELECT t.epoch, t.last_seq, t.inbox INTO s FROM sessions t
+            WHERE t.tenant = a.tenant AND t.id = a.id FOR UPDATE SKIP LOCKED;
+            IF NOT FOUND THEN
+                PERFORM 1 FROM sessions t WHERE t.tenant = a.tenant AND t.id = a.id;
+                outcome := CASE WHEN FOUND THEN 'locked' ELSE 'gone' END;
+                at_epoch := 0;
+                at_seq := 0;
+                RETURN NEXT;
+                CONTINUE;
+            END IF;
+            at_epoch := s.epoch;
+            at_seq := s.last_seq;
+            outcome := CASE
+                WHEN s.epoch <> a.epoch OR s.last_seq + 1 <> a.first_seq THEN 'stale'
+                WHEN a.inbox <> s.inbox THEN 'mail'
+                ELSE 'landed'
+            END;
+            IF outcome = 'landed' AND a.born IS NOT NULL THEN
+                INSERT INTO turns (tenant, session_id, id, state, idempotency_key, request_hash,
+                                   options, first_seq)
+                VALUES (a.tenant, a.id, a.born, 'running', a.key, a.hash, a.options, a.first_seq)
+                ON CONFLICT DO NOTHING;
+                IF NOT FOUND THEN
+                    outcome := 'duplicate';
+                END IF;
+            END IF;
+            IF outcome = 'landed' THEN
+                at_seq := a.first_seq + a.n - 1;
+                FOR k IN 1 .. a.n LOOP
+                    INSERT INTO events (tenant, session_id, seq, epoch, body)
+                    VALUES (a.tenant, a.id, a.first_seq + k - 1, a.epoch,
+                            lines[done - a.n + k]);
+                END LOOP;
+                UPDATE sessions t SET
+                    last_seq = at_seq,
+                    updated_at = now(),
+                    turns = t.turns + (a.born IS NOT NULL OR a.started IS NOT NULL)::int,
+                    latest_turn = coalesce(a.born, t.latest_turn)
+                WHERE t.tenant = a.tenant AND t.id = a.id;
+                IF a.started IS NOT NULL THEN
+                    UPDATE turns t SET state = 'running', first_seq = a.first_seq, input = NULL
+                    WHERE t.tenant = a.tenant AND t.session_id = a.id AND t.id = a.started;
+                END IF;
+                IF a.ended IS NOT NULL THEN
+                    UPDATE turns t SET state = 'done', status = a.status,
+                        finished_at = now(), last_seq = at_seq
+                    WHERE t.tenant = a.tenant AND t.session_id = a.id AND t.id = a.ended;
+                END IF;
+            END IF;
+            RETURN NEXT;
+        END LOOP;
+    END
+    $append$;
     """,
 )

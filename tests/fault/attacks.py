@@ -32,7 +32,7 @@ PHASES: tuple[Phase, ...] = (
 )
 WORDS = " ".join(f"word{i}" for i in range(60))
 # The server shows the beginning of a statement only.
-_APPEND = "%WITH a AS MATERIALIZED%"
+_APPEND = "%append_events%"
 _RELEASE = "UPDATE sessions SET owner = NULL%"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +17,14 @@ _READY = b"Z\x00\x00\x00\x05I"
 class PostgresProxy:
     """Listens on a unix socket and hands everything on to the one of PostgreSQL.
 
-    A connection on which ``marker`` was sent is watched: with ``cut`` = ``answer``, every second
-    answer that PostgreSQL gives on watched connections is kept and its connection closed, the
-    first one included; with ``request``, every second request. So each statement is lost once
-    and gets through when it is sent again. ``cuts`` counts them.
+    A connection on which ``marker``, one of ``markers``, was sent is watched: with ``cut`` =
+    ``answer``, every second answer that PostgreSQL gives on watched connections is kept and its
+    connection closed, the first one included; with ``request``, every second request. So each
+    statement is lost once and gets through when it is sent again. ``cuts`` counts them.
     """
 
-    def __init__(self, folder: Path, server_socket: Path) -> None:
+    def __init__(self, folder: Path, server_socket: Path, markers: Sequence[bytes]) -> None:
+        self.markers = markers
         self._path = folder / ".s.PGSQL.5432"
         self._server_socket = server_socket
         self._server: asyncio.Server | None = None
@@ -78,15 +80,15 @@ class PostgresProxy:
 class _Connection:
     def __init__(self, proxy: PostgresProxy) -> None:
         self._proxy = proxy
-        self._watched = False
+        self._seen: set[bytes] = set()
         self._asked = False
 
     async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 20):
-            marker = self._proxy.marker
-            self._watched = self._watched or bool(marker and marker in data)
-            self._asked = self._watched
-            if self._watched and self._proxy.lose("request"):
+            # A statement that was prepared goes by a name of its own: its text is seen once.
+            self._seen.update(marker for marker in self._proxy.markers if marker in data)
+            self._asked = self._proxy.marker in self._seen
+            if self._asked and self._proxy.lose("request"):
                 return
             writer.write(data)
             await writer.drain()

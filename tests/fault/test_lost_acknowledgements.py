@@ -31,7 +31,7 @@ from tests.journal import Journal
 from tests.system import until
 
 TENANT = "default"
-APPEND = b"WITH a AS MATERIALIZED"
+APPEND = b"append_events"
 ACCEPT = b"accept_turn("
 _WAITING_RELEASE = """
 SELECT 1 FROM pg_stat_activity
@@ -125,7 +125,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
         environ=environ,
     )
     (folder / "proxy").mkdir(exist_ok=True)
-    proxy = PostgresProxy(folder / "proxy", folder / "pg" / ".s.PGSQL.5432")
+    proxy = PostgresProxy(folder / "proxy", folder / "pg" / ".s.PGSQL.5432", (APPEND, ACCEPT))
     await postgres.start()
     await redis.start()
     try:
