@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import psycopg
 from psycopg import AsyncConnection
-from psycopg.rows import dict_row, tuple_row
+from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from agentray.config.settings import PostgresSettings
@@ -27,6 +27,7 @@ from agentray.storage.base import (
     SessionRow,
     TurnRow,
 )
+from agentray.storage.postgres_append import AppendConnection
 from agentray.storage.schema import MIGRATIONS
 
 __all__ = ["PostgresStore", "forget_hosts", "migrate"]
@@ -104,7 +105,7 @@ class PostgresStore:
         self._url = url
         self._settings = settings
         self._term_s = term_s
-        self._journal: AsyncConnection[tuple[Any, ...]] | None = None
+        self._journal: AppendConnection | None = None
         self._waits: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         options = f"-c statement_timeout={int(settings.statement_timeout_s * 1000)}"
         self._connect_args: dict[str, Any] = {
@@ -160,24 +161,19 @@ class PostgresStore:
     # The journal
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
-        params = _append_params(appends)
         settings = self._settings
         timeout_s = settings.connect_timeout_s + settings.statement_timeout_s
         async with _translated(), asyncio.timeout(timeout_s):
             try:
                 if self._journal is None or self._journal.closed:
-                    self._journal = await AsyncConnection.connect(
-                        self._url, **self._connect_args, row_factory=tuple_row
-                    )
-                cursor = await self._journal.execute(sql.APPEND, params)
-                rows = await cursor.fetchall()
+                    self._journal = await AppendConnection.open(self._url, **self._connect_args)
+                return await self._journal.append(appends)
             except (psycopg.OperationalError, psycopg.InterfaceError, asyncio.CancelledError):
                 # The answer may have been lost: never read it for another statement.
                 if self._journal is not None:
                     connection, self._journal = self._journal, None
                     await connection.close()
                 raise
-        return [AppendResult(outcome, epoch, last_seq) for outcome, epoch, last_seq in rows]
 
     async def events(
         self, tenant: str, session_id: str, *, after: int, limit: int, up_to: int | None = None
@@ -432,49 +428,6 @@ class PostgresStore:
 
     async def forget_owner(self, owner: str) -> None:
         await self._rows("DELETE FROM hosts WHERE id = %s", [owner])
-
-
-class _Head(msgspec.Struct, omit_defaults=True):
-    """An append without its events, as ``append_events`` takes it."""
-
-    tenant: str
-    id: str
-    epoch: int
-    first_seq: int
-    n: int
-    inbox: int | None = None
-    born: str | None = None
-    key: str | None = None
-    hash: str | None = None
-    options: str | None = None
-    started: str | None = None
-    ended: str | None = None
-    status: str | None = None
-
-
-def _head(append: Append) -> _Head:
-    head = _Head(
-        append.tenant,
-        append.session_id,
-        append.epoch,
-        append.first_seq,
-        len(append.events),
-        inbox=append.inbox,
-        started=append.started_turn,
-        ended=append.ended_turn,
-        status=append.ended_status,
-    )
-    if (born := append.born) is not None:
-        head.born, head.key, head.hash = born.turn_id, born.idempotency_key, born.request_hash
-        head.options = born.options.decode()
-    return head
-
-
-def _append_params(appends: Sequence[Append]) -> tuple[str, str]:
-    heads = msgspec.json.encode([_head(append) for append in appends])
-    # No newline is left in JSON that msgspec has encoded.
-    bodies = b"\n".join([event for append in appends for event in append.events])
-    return heads.decode(), bodies.decode()
 
 
 def _session_row(row: dict[str, Any]) -> SessionRow:

@@ -6,7 +6,6 @@ from typing import Any
 
 __all__ = [
     "ACCEPT",
-    "APPEND",
     "CLAIM",
     "CREATE_SESSION",
     "DELETE_SESSION",
@@ -55,8 +54,6 @@ SELECT id, ordinal, state, status, idempotency_key, request_hash, input, options
   first_seq, last_seq
 FROM turns WHERE tenant = %s AND session_id = %s
 """
-
-APPEND = "SELECT * FROM append_events(%s::json, %s::text)"
 
 # The events of the last turns that began, from the first of them on.
 RECENT_EVENTS = """

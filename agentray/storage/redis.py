@@ -20,6 +20,7 @@ __all__ = ["RedisStore"]
 _FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
 _TAIL_TTL_S = 900
 _RETRY_PAUSE_S = 0.5
+_GATHER_S = 0.005
 _MAX_PENDING_SAVES = 10_000
 
 # A copy is one list, so that it is evicted whole: "epoch seq turns", then the window's entries.
@@ -63,9 +64,8 @@ def _key(tenant: str, session_id: str) -> str:
 class RedisStore:
     """``HotStore`` and ``Wire`` on a Redis server.
 
-    Saves are gathered while one round trip is under way and go out in one pipeline, as group
-    commit does. After a failure nothing is tried for half a second, so that a server that is
-    away costs its callers nothing.
+    Saves are gathered for some milliseconds and go out in one pipeline. After a failure nothing
+    is tried for half a second, so that a server that is away costs its callers nothing.
     """
 
     def __init__(
@@ -159,6 +159,8 @@ class RedisStore:
 
     async def _drain_saves(self) -> None:
         while self._pending and self.available:
+            # Nobody waits for it: the next turn does not have to, and there may be more by then.
+            await asyncio.sleep(_GATHER_S)
             batch, self._pending = self._pending, {}
             try:
                 await self._save_batch(batch)

@@ -31,7 +31,7 @@ from tests.journal import Journal
 from tests.system import until
 
 TENANT = "default"
-APPEND = b"append_events"
+APPEND = b"\0append\0"  # the name of the prepared statement in each Bind message
 ACCEPT = b"accept_turn("
 _WAITING_RELEASE = """
 SELECT 1 FROM pg_stat_activity
