@@ -52,19 +52,24 @@ class Ownership:
     def may_take_over(self) -> bool:
         """Return whether others' silence means something.
 
-        For one full term after the store was away it does not: they could not beat either.
+        While our own beat is overdue it does not, nor for one full term after the store was away
+        or slow: they could not beat either.
         """
-        return self.fresh() and self._clock.monotonic() >= self._take_over_at
+        now = self._clock.monotonic()
+        in_time = now - self._beat_at < self._settings.term_s - self._settings.beat_s
+        return in_time and now >= self._take_over_at
 
     async def beat(self) -> None:
         """Beat once. Raises ``StorageError``."""
         # The time before the statement counts: the store's clock cannot be earlier.
         asked_at = self._clock.monotonic()
         await self._store.beat(self.owner_id, kind=self._kind, address=self._address)
+        answered_at = self._clock.monotonic()
+        if not self.fresh() or answered_at - asked_at > self._settings.beat_s:
+            # Others may have been held up by the same store or machine.
+            self._take_over_at = answered_at + self._settings.term_s
         if not self.fresh() and self.verify is not None:
             log.warning("owner_slept_past_its_term", owner=self.owner_id)
-            # Others may have been held up by the same store or machine.
-            self._take_over_at = self._clock.monotonic() + self._settings.term_s
             await self.verify()
         # Only now: whoever waits in confirm must not go on with sessions that are another's.
         self._beat_at = asked_at

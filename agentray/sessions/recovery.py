@@ -60,6 +60,8 @@ class Recovery:
             self._begin(key, self._take(key, "shared"))
         if self._launch_dedicated is not None and self._ownership.may_take_over():
             orphans = await self._store.orphans(term_s=self._settings.term_s, limit=_BATCH)
+            if not self._ownership.may_take_over():
+                orphans = []  # the store stood still meanwhile, and for the others too
             for tenant, session_id, placement in orphans:
                 key = (tenant, session_id)
                 self._begin(key, self._take(key, placement))

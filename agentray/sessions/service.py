@@ -347,13 +347,16 @@ class SessionService:
             return turn_info(session_id, row, None)
         summary = TurnSummary(turn_id)
         after = row.first_seq - 1
-        while True:
-            events, more = await self.events(tenant, session_id, after=after, limit=1_000)
-            for event in events:
-                summary.add(event)
-            if not more or summary.finished is not None:
-                return turn_info(session_id, row, summary)
-            after = events[-1].seq
+        while summary.finished is None:
+            bodies = await self._store.events(
+                tenant, session_id, after=after, limit=1_000, up_to=row.last_seq
+            )
+            for body in bodies:
+                summary.add(decode_event(body))
+            if len(bodies) < 1_000:
+                break
+            after += len(bodies)
+        return turn_info(session_id, row, summary)
 
     async def latest_turn(self, tenant: str, session_id: str) -> str | None:
         actor = self._residents.find((tenant, session_id))

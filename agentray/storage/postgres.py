@@ -34,6 +34,8 @@ __all__ = ["PostgresStore", "forget_hosts", "migrate"]
 
 _MIGRATION_LOCK = 0x61_67_72_61_79
 
+_Pool = AsyncConnectionPool[AsyncConnection[dict[str, Any]]]
+
 
 def _unavailable(error: Exception) -> StorageUnavailableError:
     return StorageUnavailableError(f"PostgreSQL: {str(error).strip() or type(error).__name__}")
@@ -96,9 +98,10 @@ async def forget_hosts(url: str) -> None:
 class PostgresStore:
     """``DurableStore`` on a PostgreSQL server.
 
-    Appends have a connection of their own, so that nothing queues in front of them; the rest
-    shares a pool. Statements that wait for a session's row do so one at a time: a row that
-    somebody holds keeps one connection busy, not all, and heartbeats find a free one.
+    Appends have a connection of their own, and so have heartbeats: nothing that callers ask for
+    queues in front of them, or a busy owner would pass for dead. The rest shares a pool.
+    Statements that wait for a session's row do so one at a time: a row that somebody holds keeps
+    one connection busy, not all.
     """
 
     def __init__(self, url: str, settings: PostgresSettings, *, term_s: float) -> None:
@@ -114,13 +117,17 @@ class PostgresStore:
             "connect_timeout": max(1, int(settings.connect_timeout_s)),
             "prepare_threshold": 2,
         }
-        self._pool: AsyncConnectionPool[AsyncConnection[dict[str, Any]]] = AsyncConnectionPool(
-            url,
+        self._pool = self._new_pool(settings.pool_size)
+        self._life = self._new_pool(1)
+
+    def _new_pool(self, size: int) -> _Pool:
+        return AsyncConnectionPool(
+            self._url,
             kwargs={**self._connect_args, "row_factory": dict_row},
             connection_class=AsyncConnection[dict[str, Any]],
             min_size=1,
-            max_size=settings.pool_size,
-            timeout=settings.connect_timeout_s,
+            max_size=size,
+            timeout=self._settings.connect_timeout_s,
             reconnect_timeout=0,
             check=None,
             open=False,
@@ -130,25 +137,30 @@ class PostgresStore:
         """Connect. Raises ``StorageUnavailableError``."""
         async with _translated():
             await self._pool.open(wait=False)
+            await self._life.open(wait=False)
         await self.ping()
 
     async def close(self) -> None:
         await self._pool.close(timeout=2.0)
+        await self._life.close(timeout=2.0)
         if self._journal is not None:
             await self._journal.close()
 
     async def ping(self) -> None:
         await self._rows("SELECT 1", [])
 
-    async def _rows(self, statement: str, params: Sequence[Any]) -> list[dict[str, Any]]:
+    async def _rows(
+        self, statement: str, params: Sequence[Any], pool: _Pool | None = None
+    ) -> list[dict[str, Any]]:
+        pool = pool or self._pool
         async with _translated(), asyncio.timeout(self._settings.statement_timeout_s):
             try:
-                async with self._pool.connection() as connection:
+                async with pool.connection() as connection:
                     cursor = await connection.execute(statement.encode(), params)
                     return await cursor.fetchall() if cursor.description else []
             except psycopg.OperationalError:
                 # A server that restarted leaves dead connections in the pool: weed them out.
-                await self._pool.check()
+                await pool.check()
                 raise
 
     @asynccontextmanager
@@ -416,6 +428,7 @@ class PostgresStore:
             "SELECT s.tenant, s.id, s.epoch FROM sessions s JOIN unnest(%s::text[], %s::text[])"
             " AS w(tenant, id) ON s.tenant = w.tenant AND s.id = w.id",
             [[tenant for tenant, _ in sessions], [session_id for _, session_id in sessions]],
+            self._life,
         )
         return {(row["tenant"], row["id"]): row["epoch"] for row in rows}
 
@@ -424,6 +437,7 @@ class PostgresStore:
             "INSERT INTO hosts (id, kind, address) VALUES (%s, %s, %s)"
             " ON CONFLICT (id) DO UPDATE SET beat_at = now(), address = excluded.address",
             [owner, kind, address],
+            self._life,
         )
 
     async def forget_owner(self, owner: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
@@ -22,6 +23,14 @@ _TAIL_TTL_S = 900
 _RETRY_PAUSE_S = 0.5
 _GATHER_S = 0.005
 _MAX_PENDING_SAVES = 10_000
+_KEEPALIVE: dict[str, Any] = {
+    "socket_keepalive": True,
+    "socket_keepalive_options": {
+        socket.TCP_KEEPIDLE: 10,
+        socket.TCP_KEEPINTVL: 5,
+        socket.TCP_KEEPCNT: 3,
+    },
+}
 
 # A copy is one list, so that it is evicted whole: "epoch seq turns", then the window's entries.
 # ARGV: epoch, seq, turns, time to live in ms, the seq that the stored copy must have for the new
@@ -80,9 +89,14 @@ class RedisStore:
             socket_connect_timeout=settings.timeout_s,
             protocol=3,
         )
-        # A subscription waits for as long as nobody says anything.
+        # A subscription waits for as long as nobody says anything: the kernel has to notice that
+        # a server vanished without a word.
         self._subscriber: Any = cast(Any, Redis).from_url(
-            url, socket_timeout=None, socket_connect_timeout=settings.timeout_s, protocol=3
+            url,
+            socket_timeout=None,
+            socket_connect_timeout=settings.timeout_s,
+            protocol=3,
+            **({} if url.startswith("unix:") else _KEEPALIVE),
         )
         self._retry_at = 0.0
         self._pending: dict[tuple[str, str], _Save | None] = {}
@@ -150,8 +164,9 @@ class RedisStore:
 
     def drop(self, tenant: str, session_id: str) -> None:
         self.forget(tenant, session_id)
-        self._pending[tenant, session_id] = None
-        self._wake()
+        if len(self._pending) < _MAX_PENDING_SAVES:  # else its time to live ends it
+            self._pending[tenant, session_id] = None
+            self._wake()
 
     def _wake(self) -> None:
         if self._saver is None or self._saver.done():
@@ -166,7 +181,10 @@ class RedisStore:
                 await self._save_batch(batch)
             except _FAILURES:
                 self._failed()
-        self._pending.clear()
+                # What was to be deleted is still to be deleted when the server is back.
+                batch.update(self._pending)
+                self._pending = batch
+        self._pending = {key: None for key, save in self._pending.items() if save is None}
 
     async def _save_batch(self, batch: dict[tuple[str, str], _Save | None]) -> None:
         if not self._save_sha:

@@ -42,6 +42,8 @@ MIGRATIONS: tuple[str, ...] = (
     -- Without the id, ties are sorted behind it: with it, lookups by id were planned as scans of
     -- this index as long as the table had no statistics.
     CREATE INDEX sessions_newest ON sessions (tenant, created_at DESC);
+    CREATE INDEX sessions_of_user ON sessions (tenant, user_id, created_at DESC)
+        WHERE user_id IS NOT NULL;
 
     CREATE TABLE turns (
         tenant           text COLLATE "C" NOT NULL,

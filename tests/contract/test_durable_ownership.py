@@ -189,3 +189,21 @@ async def test_a_parked_session_is_left_alone_until_the_next_message(store: Post
     await accept(store, "s", "t2")
     assert (await row_of(store, "s")).parked_reason is None
     assert len(await store.orphans(term_s=TERM_S, limit=10)) == 1
+
+
+async def test_an_owner_beats_while_callers_hold_every_connection(
+    services: Services, store: PostgresStore
+) -> None:
+    small = PostgresStore(services.postgres.url, PostgresSettings(pool_size=1), term_s=TERM_S)
+    await small.open()
+    await create(small, "held")
+    async with await AsyncConnection.connect(services.postgres.url) as holder:
+        await holder.execute("SELECT 1 FROM sessions WHERE id = 'held' FOR UPDATE")
+        waiting = asyncio.create_task(small.update_metadata(T, "held", {"a": "b"}))
+        await blocked(holder, 1)
+        async with asyncio.timeout(2):
+            await small.beat("me", kind="shared", address="here")
+            assert await small.epochs([(T, "held")])
+        assert not waiting.done()
+    assert await waiting is not None
+    await small.close()

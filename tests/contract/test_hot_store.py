@@ -146,6 +146,30 @@ async def test_a_dropped_copy_is_gone_until_the_next_save(store: RedisStore) -> 
     await stored(store, copy_at(4))
 
 
+async def test_what_is_deleted_while_the_server_hangs_is_deleted_when_it_is_back(
+    services: Services, store: RedisStore
+) -> None:
+    save(store, copy_at(3))
+    await stored(store, copy_at(3))
+    pid = services.redis.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert await store.load("t", "s") is None
+        assert not store.available
+        store.drop("t", "s")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    async def is_gone() -> bool:
+        # Any later save takes what is waiting along.
+        save(store, copy_at(1), name="other")
+        return store.available and await store.load("t", "s") is None
+
+    await until(is_gone, "the copy is dropped")
+    assert await store.load("t", "other") == copy_at(1)
+
+
 async def test_whatever_the_server_forgets_what_is_loaded_was_saved(
     store: RedisStore, redis: Any
 ) -> None:

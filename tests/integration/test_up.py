@@ -108,7 +108,6 @@ def test_a_second_start_on_the_folder_names_the_first(system: System) -> None:
     [
         (("bin/postgres",), "PostgreSQL"),
         (("redis-server",), "Redis"),
-        (("raylet/raylet",), "Ray"),
         (("bin/haproxy",), None),
         (("ray::ServeController",), None),
         (("ray::ServeReplica:hosts",), None),
