@@ -8,13 +8,14 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+TIMES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 TESTS := $(wildcard tests/unit tests/contract tests/integration tests/fault)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help up test test-nightly test-vllm check format bench docs clean
+.PHONY: help up test test-nightly test-faults test-vllm check format bench docs clean
 
 help: ## Show what there is.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -28,6 +29,10 @@ test: $(VENV)/.installed-dev ## Run all tests but the nightly ones.
 
 test-nightly: $(VENV)/.installed-dev ## Run the long tests.
 	$(BIN)/python -m pytest $(TESTS) -m nightly --hypothesis-profile=nightly $(ARGS)
+
+test-faults: $(VENV)/.installed-dev ## Run the fault tests TIMES times in a row (10).
+	for time in $$(seq $(TIMES)); do echo "==> $$time of $(TIMES)"; \
+		$(BIN)/python -m pytest -q tests/fault $(ARGS) </dev/null; done
 
 test-vllm: $(VENV)/.installed-dev ## Run a session on vLLM's own server, on the CPU.
 	tests/vllm/run.sh $(ARGS)
