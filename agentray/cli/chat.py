@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentray.cli.target import DATA_DIR, DataDir, Url, connected
+from agentray.cli.target import DATA_DIR, DataDir, Url, connected, options
+from agentray.config.program import program
 from agentray.errors import AgentRayError, InvalidRequestError
 from agentray.events import ModelVoided, ToolCalled, ToolFinished, TurnFinished
 from agentray.sessions.base import Delta, StreamItem
@@ -44,7 +45,7 @@ def chat(
         for line in _lines(interactive):
             well = _answered(talk, line) and well
         if interactive:
-            _note(f"to go on: agentray chat --session {talk.id}")
+            _note(f"to go on: {program()} chat --session {talk.id}{options(url, data_dir)}")
     raise typer.Exit(0 if well or interactive else 1)
 
 
@@ -75,7 +76,7 @@ def _answered(talk: Session, line: str) -> bool:
         screen.note(_cancelled(talk, stream))
         return False
     except AgentRayError as error:
-        screen.note(error.message)
+        screen.note(f"agentray: {error.message}")
         return False
     return stream.status == "completed"
 

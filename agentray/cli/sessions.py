@@ -103,7 +103,8 @@ def show(
             _print_json({"session": info, "events": list(handle.events())})
             return
         state = f"{info.status} ({info.parked_reason})" if info.parked_reason else info.status
-        typer.echo(f"{info.id}: {state}, agent {info.agent}, {info.placement}, {info.turns} turns")
+        turns = "1 turn" if info.turns == 1 else f"{info.turns} turns"
+        typer.echo(f"{info.id}: {state}, agent {info.agent}, {info.placement}, {turns}")
         for event in handle.events():
             for line in _told(event):
                 typer.echo(line.replace("\x1b", ""))
@@ -143,7 +144,7 @@ def cancel(
     """Cancel what runs and waits in a session."""
     with connected(url, data_dir) as client:
         for turn_id in client.session(session).cancel(turn):
-            typer.echo(turn_id)
+            typer.echo(f"cancelled {turn_id}")
 
 
 @app.command()

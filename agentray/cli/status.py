@@ -13,6 +13,12 @@ from agentray.config.state import read_state
 __all__ = ["status"]
 
 _TIMEOUT_S = 5.0
+_COUNTS = ("resident", "running", "queued")
+_TROUBLES = (
+    ("draining", True, "it is draining"),
+    ("store_ok", False, "PostgreSQL is away"),
+    ("cache_ok", False, "Redis is away"),
+)
 
 
 def status(
@@ -31,9 +37,10 @@ def status(
     else:
         typer.echo(f"agentray at {address}: {'ready' if ready else error or 'not ready'}")
         if host is not None:
-            facts = ("resident", "running", "queued", "draining", "store_ok", "cache_ok")
-            shown = ", ".join(f"{key} {host[key]}" for key in facts if key in host)
-            typer.echo(f"  host {host.get('owner_id', '?')}: {shown}")
+            counts = ", ".join(f"{host[key]} {key}" for key in _COUNTS if key in host)
+            troubles = [text for key, bad, text in _TROUBLES if host.get(key) is bad]
+            shown = "; ".join([counts, *troubles])
+            typer.echo(f"  the host that answered, {host.get('owner_id', '?')}: {shown}")
         if state is not None:
             models = ", ".join(state.models)
             typer.echo(f"  process {state.pid}, {state.hosts} hosts, models: {models}")

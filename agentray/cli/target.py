@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from agentray.config.state import read_state
 if TYPE_CHECKING:
     from agentray.client.http import Client
 
-__all__ = ["DATA_DIR", "DataDir", "Url", "connected", "url_of"]
+__all__ = ["DATA_DIR", "DataDir", "Url", "connected", "options", "url_of"]
 
 DATA_DIR = "~/.agentray"
 
@@ -37,3 +38,10 @@ def connected(url: str | None, data_dir: str) -> Client:
     from agentray.client.http import Client
 
     return Client(url_of(url, data_dir))
+
+
+def options(url: str | None, data_dir: str) -> str:
+    """Return the options, each behind a blank, that name the same agentray in another command."""
+    if url is not None:
+        return f" --url {shlex.quote(url)}"
+    return "" if data_dir == DATA_DIR else f" --data-dir {shlex.quote(data_dir)}"

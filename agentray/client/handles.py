@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from agentray.config.state import read_state
-from agentray.errors import AgentRayError, NotReadyError
+from agentray.errors import AgentRayError, InvalidRequestError, NotReadyError
 from agentray.sessions.base import SessionInfo
 
 __all__ = ["Connection", "Reply", "ReplyStream", "SessionHandle", "connect"]
@@ -96,7 +97,7 @@ class Connection:
         *,
         agent: str | None = None,
         user: str | None = None,
-        placement: Literal["shared", "dedicated"] = "shared",
+        placement: Literal["shared", "dedicated"] | None = None,
         ttl_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
         tenant: str = "default",
@@ -104,11 +105,13 @@ class Connection:
     ) -> SessionHandle:
         """Return a handle to a session; make the session if there is none.
 
-        An existing session keeps its agent and placement. A dedicated one is activated: its
-        actor can then be had with ``ray.get_actor("session/<id>", namespace="agentray")``.
+        A new session is shared if no ``placement`` is given; an existing one keeps its agent and
+        placement. A dedicated one is activated: its actor can then be had with
+        ``ray.get_actor("session/<id>", namespace="agentray")``.
 
         Raises:
-            InvalidRequestError: an impossible id or an unknown agent.
+            InvalidRequestError: an impossible id, an unknown agent, or the session exists with
+                another placement than the one given.
             NotReadyError: no host answered within ``timeout_s``.
         """
         response = self._hosts.options(session_id=f"{tenant}/{session_id}").activate.remote(
@@ -116,11 +119,17 @@ class Connection:
             tenant=tenant,
             agent=agent,
             user=user,
-            placement=placement,
+            placement=placement or "shared",
             ttl_s=ttl_s,
             metadata=dict(metadata or {}),
         )
-        return SessionHandle(self._hosts, _wait(response, timeout_s))
+        info: SessionInfo = _wait(response, timeout_s)
+        if placement is not None and info.placement != placement:
+            raise InvalidRequestError(
+                f"session {session_id} exists, and its placement is {info.placement}",
+                param="placement",
+            )
+        return SessionHandle(self._hosts, info)
 
 
 def _wait(response: Any, timeout_s: float) -> Any:
@@ -151,6 +160,16 @@ def _prepare(address: str | None) -> None:
             setup._enable_token_auth()
 
 
+def _of_this_node() -> str | None:
+    """Return the cluster that this node is told to be in; Ray itself would also take any other
+    whose processes it sees."""
+    told = os.environ.get("RAY_ADDRESS")
+    if told is None:
+        with contextlib.suppress(OSError):
+            told = Path("/tmp/ray/ray_current_cluster").read_text().strip()
+    return told or None
+
+
 def connect(address: str | None = None, *, data_dir: str | Path | None = None) -> Connection:
     """Connect to the agentray of this machine or cluster.
 
@@ -169,20 +188,23 @@ def connect(address: str | None = None, *, data_dir: str | Path | None = None) -
     if not untyped.is_initialized():
         if address is None:
             state = read_state(data_dir or DEFAULT_DATA_DIR)
-            if state is None and data_dir is not None:
-                raise NotReadyError(f"nothing runs in {data_dir}: start it with agentray up")
             address = state.ray_address if state is not None else None
+            if address is None and data_dir is None:
+                address = _of_this_node()
+            if address is None:
+                where = data_dir or DEFAULT_DATA_DIR
+                raise NotReadyError(f"nothing runs in {where}: start it with agentray up")
         _prepare(address)
         try:
             untyped.init(
-                address=address or "auto",
+                address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level="warning",
             )
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
         except ConnectionError as error:
-            raise NotReadyError(f"there is no Ray cluster at {address or 'auto'}") from error
+            raise NotReadyError(f"there is no Ray cluster at {address}") from error
     try:
         hosts = cast(Any, serve).get_app_handle(HOSTS_APP)
     except RayServeException as error:

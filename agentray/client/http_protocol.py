@@ -259,12 +259,22 @@ class Attempts:
             longest = min(_LONGEST_PAUSE_S, 0.1 * 2**self._failed)
             return longest * (0.5 + random.random() / 2)
         if broken:
-            raise NotReadyError(f"cannot reach agentray: {error}") from error
+            raise NotReadyError(
+                f"cannot reach agentray at {_address(error)}: {error} (does `agentray up` run?)"
+            ) from error
         raise error
 
     def progressed(self) -> None:
         """Begin to count anew."""
         self._failed = 0
+
+
+def _address(error: Exception) -> str:
+    try:
+        url = error.request.url if isinstance(error, httpx.RequestError) else None
+    except RuntimeError:  # it was raised without one
+        url = None
+    return f"{url.scheme}://{url.netloc.decode()}" if url is not None else "its address"
 
 
 def _passes(error: AgentRayError) -> bool:

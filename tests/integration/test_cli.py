@@ -184,7 +184,8 @@ def test_a_session_is_shown(run: Command, http: httpx.Client) -> None:
 def test_a_session_is_cancelled_and_deleted(run: Command, http: httpx.Client) -> None:
     session = Session.make(http)
     turns = [session.begin(ENDLESS) for _ in range(2)]
-    assert run("sessions", "cancel", session.id, "--turn", turns[1]).stdout.split() == [turns[1]]
+    said = run("sessions", "cancel", session.id, "--turn", turns[1]).stdout
+    assert said == f"cancelled {turns[1]}\n"
     assert turns[0] in run("sessions", "cancel", session.id).stdout.split()
     eventually(lambda: session.info()["status"] == "idle", what="its turns have ended")
     nothing = run("sessions", "cancel", session.id, fails=True)
