@@ -14,7 +14,8 @@ from agentray.clock import Clock, SystemClock
 from agentray.config.settings import Settings
 from agentray.errors import AgentRayError
 from agentray.http import errors
-from agentray.http.door import ChatModels, Door, Metrics, ModelNames
+from agentray.http.answers import Answers
+from agentray.http.door import Admission, ChatModels, Door, Metrics, ModelNames
 from agentray.http.exchange import ClientGoneError, Exchange
 from agentray.http.openapi import describe
 from agentray.http.routes import REFUSALS, ROUTES
@@ -52,6 +53,7 @@ def build_http_app(
     of sessions end with a cursor; streams of turns go on to their end.
     """
     draining = draining or asyncio.Event()
+    clock = clock or SystemClock()
     watchdog = Watchdog(settings.http, draining)
     if open_streams is not None:
         open_streams.set_function(lambda: len(watchdog))
@@ -62,9 +64,12 @@ def build_http_app(
         agents=settings.agents,
         settings=settings.http,
         watchdog=watchdog,
+        answers=Answers(clock),
+        # A completion costs a host about what a turn does: a call of a model that goes through it.
+        completions=Admission("chat completions", settings.sessions.max_running_turns),
         draining=draining,
         metrics=metrics,
-        clock=clock or SystemClock(),
+        clock=clock,
         openapi=msgspec.json.encode(describe(ROUTES)),
     )
     return _Application(door, Router(ROUTES, REFUSALS))
@@ -79,7 +84,8 @@ class _Application:
         if scope["type"] != "http":
             await _other(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        stall_s = self._door.settings.stream_write_timeout_s
+        exchange = Exchange(scope, receive, send, stall_s=stall_s)
         try:
             raw_path: bytes | None = scope.get("raw_path")
             path = scope["path"] if raw_path is None else raw_path.decode("latin-1")

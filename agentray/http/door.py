@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentray.clock import Clock
 from agentray.config.settings import AgentSettings, HttpSettings
-from agentray.errors import InvalidRequestError, ModelNotFoundError, TurnNotFoundError
+from agentray.errors import (
+    BackpressureError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TurnNotFoundError,
+)
+from agentray.http.answers import Answers
 from agentray.http.sse import Watchdog
 from agentray.models.client import RawStream
 from agentray.sessions.base import Sessions
 
-__all__ = ["TENANT", "ChatModels", "Door", "Metrics", "ModelNames", "turn_id_of"]
+__all__ = ["TENANT", "Admission", "ChatModels", "Door", "Metrics", "ModelNames", "turn_id_of"]
 
 TENANT = "default"
 """The tenant of every request, until requests say whose they are."""
@@ -40,6 +47,32 @@ class ChatModels(Protocol):
     ) -> bytes | RawStream: ...
 
 
+class Admission:
+    """A bound on how many requests of a kind are served at once."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what = what
+        self._limit = limit
+        self._running = 0
+
+    @contextmanager
+    def admit(self) -> Generator[None]:
+        """Serve one more, within the context.
+
+        Raises:
+            BackpressureError: there are as many already as there may be.
+        """
+        if self._running >= self._limit:
+            raise BackpressureError(
+                f"this host serves as many {self._what} as it may", retry_after_s=1
+            )
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+
 @dataclass(frozen=True, slots=True)
 class Door:
     """What every route is given."""
@@ -50,6 +83,8 @@ class Door:
     agents: Mapping[str, AgentSettings]
     settings: HttpSettings
     watchdog: Watchdog
+    answers: Answers
+    completions: Admission
     draining: asyncio.Event
     metrics: Metrics
     clock: Clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
@@ -12,14 +13,18 @@ from starlette.types import Receive, Scope, Send
 
 from agentray.errors import InvalidRequestError
 from agentray.http.errors import BodyTooLargeError, validation_error
+from agentray.telemetry.logging import get_logger
 
 __all__ = ["ClientGoneError", "Exchange", "Header", "check_idempotency_key"]
+
+log = get_logger(__name__)
 
 Header = tuple[bytes, bytes]
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 _JSON: Header = (b"content-type", b"application/json")
+_PIECE_BYTES = 64 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = msgspec.json.Encoder().encode
 
@@ -31,21 +36,27 @@ class Decoder(Protocol[T_co]):
 
 
 class ClientGoneError(ConnectionError):
-    """The client left before its request was whole: there is nobody to answer."""
+    """The client left before its request was whole, or takes no answer: nobody to answer."""
 
 
 class Exchange:
-    """A request, and where its reply goes."""
+    """A request, and where its reply goes.
 
-    __slots__ = ("_headers", "params", "raw", "receive", "scope", "send", "started")
+    ``stall_s`` is how long the client of a large reply may take nothing of it.
+    """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    __slots__ = ("_headers", "_stall_s", "params", "raw", "receive", "scope", "send", "started")
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, stall_s: float | None = None
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self.send = send
         self.params: Sequence[str] = ()
         self.raw = b""
         self.started = False
+        self._stall_s = stall_s
         self._headers: list[Header] = scope["headers"]
 
     def header(self, name: bytes) -> str | None:
@@ -132,7 +143,11 @@ class Exchange:
         status: int = 200,
         headers: Sequence[Header] = (),
     ) -> None:
-        """Send bytes that are ready."""
+        """Send bytes that are ready.
+
+        Raises:
+            ClientGoneError: the client takes nothing; its connection is closed.
+        """
         self.started = True
         length = (b"content-length", b"%d" % len(body))
         await self.send(
@@ -142,7 +157,31 @@ class Exchange:
                 "headers": [content_type, length, *headers],
             }
         )
-        await self.send({"type": "http.response.body", "body": body})
+        at = 0
+        # The server takes in whatever it is given at once, and waits for room only then. What is
+        # small enough to be forgotten there costs no timer.
+        while len(body) - at > _PIECE_BYTES:
+            await self._send_piece(body[at : at + _PIECE_BYTES], more=True)
+            at += _PIECE_BYTES
+        if at:
+            await self._send_piece(body[at:], more=False)
+        else:
+            await self.send({"type": "http.response.body", "body": body})
+
+    async def _send_piece(self, piece: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self.send({"type": "http.response.body", "body": piece, "more_body": more})
+        except TimeoutError as error:
+            log.info("reply_dropped", reason="slow_reader")
+            self.abort()
+            raise ClientGoneError from error
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client is known to have left: what is sent then goes nowhere, silently."""
+        # ASGI tells it only to who waits for it. As in abort: uvicorn's send is a method.
+        return bool(getattr(getattr(self.send, "__self__", None), "disconnected", False))
 
     def abort(self) -> None:
         """Close the connection at once, without what the client has not taken yet."""

@@ -4,10 +4,13 @@ That client repeats a POST whose answer it did not get, after a timeout, a cut c
 5xx, and sends no idempotency key for a response (3.54). What it sends is
 ``x-stainless-retry-count``. So a first attempt leaves its fingerprint (in the turn's idempotency
 key, and in the metadata of a session that it made), and a repeated one looks for that: in the
-latest turn of its session, else in the sessions that are young enough. A turn that ended long
-ago is not meant: then the first attempt never arrived, and the same was asked before. Two callers
-that ask the very same at once are told apart by nothing; the one whose answer was lost may then
-be given the other's.
+latest turn of its session, else in the sessions that are young enough.
+
+A turn that ended longer ago than that client pauses is not meant: then the first attempt never
+arrived, and the same was asked and answered before. Nor is a turn whose answer left this process
+whole, if the same was asked anew since, or the retry is later than its own pauses explain. What
+is left open: the same asked twice at once, or again within those seconds, by a request that got
+nowhere. No header tells these from a lost answer; then the earlier answer is given.
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ METADATA_KEY = "agentray.request"
 _PREFIX = "openai:"
 _CLIENT_TIMEOUT_S = 600.0
 _SLACK_S = 60.0
-# A client that lost an answer comes back after its pause of at most 8 seconds.
-_ANSWER_LOST_S = 60.0
+# A client that lost an answer comes back after a pause that begins at half a second and doubles.
+_ANSWER_LOST_S = 10.0
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 8.0
+# What an attempt may take until it is here, or has failed, on top of the pause before it.
+_ON_ITS_WAY_S = 2.0
 _PAGES = 10
 _PAGE = 100
 
@@ -39,8 +46,19 @@ class Attempt(msgspec.Struct, frozen=True):
     """One sending of a request, recognised by what it says and for whom."""
 
     fingerprint: str
-    repeated: bool
+    retries: int
     timeout_s: float
+
+    @property
+    def repeated(self) -> bool:
+        return self.retries > 0
+
+    @property
+    def pause_s(self) -> float:
+        """The longest time from the loss of the first attempt's answer to this attempt."""
+        counts = range(min(self.retries, 8))
+        pauses = [min(_FIRST_PAUSE_S * 2**n, _LONGEST_PAUSE_S) + _ON_ITS_WAY_S for n in counts]
+        return min(sum(pauses), _ANSWER_LOST_S)
 
     def key(self) -> str:
         """Return a fresh idempotency key that carries the fingerprint."""
@@ -65,20 +83,25 @@ def attempt_of(exchange: Exchange) -> Attempt | None:
         return None
     digest = blake2b(exchange.raw, digest_size=16)
     digest.update((exchange.header(b"authorization") or "").encode())
-    repeated = count not in ("", "0")
+    retries = int(count) if count.isdecimal() and len(count) < 10 else int(count != "")
     timeout_s = _CLIENT_TIMEOUT_S
-    if repeated and (given := exchange.header(b"x-stainless-read-timeout")) is not None:
+    if retries and (given := exchange.header(b"x-stainless-read-timeout")) is not None:
         with contextlib.suppress(ValueError):
             timeout_s = min(float(given), 24 * 3600.0)
-    return Attempt(digest.hexdigest(), repeated, timeout_s)
+    return Attempt(digest.hexdigest(), retries, timeout_s)
 
 
 async def earlier_attempt(
-    door: Door, attempt: Attempt, session_id: str | None
+    door: Door, attempt: Attempt, session_id: str | None, *, elsewhere: bool
 ) -> tuple[str, TurnInfo] | None:
-    """Return the session and turn that an earlier attempt of this request made, if any."""
+    """Return the session and turn that an earlier attempt of this request made, if any.
+
+    ``elsewhere`` says whether that may be another session than the given one: a new or forked one.
+    """
     if session_id is not None and (turn := await _made(door, attempt, session_id)) is not None:
         return session_id, turn
+    if not elsewhere:
+        return None
     oldest = door.clock.now() - attempt.timeout_s - _SLACK_S
     after: str | None = None
     for _ in range(_PAGES):
@@ -103,4 +126,6 @@ async def _made(door: Door, attempt: Attempt, session_id: str) -> TurnInfo | Non
         turn = await door.sessions.turn(TENANT, session_id, latest)
     except (SessionNotFoundError, TurnNotFoundError):
         return None
-    return turn if attempt.made(turn, door.clock.now()) else None
+    if not attempt.made(turn, door.clock.now()):
+        return None
+    return None if door.answers.had(turn.id, attempt.fingerprint, attempt.pause_s) else turn

@@ -33,13 +33,14 @@ async def create_chat_completion(door: Door, exchange: Exchange) -> None:
     if agent is not None:
         model = _as_agent(door, agent, body, fields)
     assert model is not None
-    answer = await door.models.complete_raw(
-        model, fields, session_id=exchange.header(b"x-session-id")
-    )
-    if isinstance(answer, bytes):
-        await exchange.reply_bytes(answer, _JSON)
-    else:
-        await _stream(door, exchange, answer)
+    with door.completions.admit():
+        answer = await door.models.complete_raw(
+            model, fields, session_id=exchange.header(b"x-session-id")
+        )
+        if isinstance(answer, bytes):
+            await exchange.reply_bytes(answer, _JSON)
+        else:
+            await _stream(door, exchange, answer)
 
 
 def _as_agent(door: Door, agent: str, body: ChatCreate, fields: dict[str, Any]) -> str:

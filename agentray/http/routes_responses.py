@@ -102,11 +102,14 @@ async def create_response(door: Door, exchange: Exchange) -> None:
         conversation=body.conversation is not None,
     )
     if body.stream:
-        await _stream(door, exchange, session_id, turn, response, after=-1)
-        return
-    if not body.background:
-        turn = await door.sessions.wait(TENANT, session_id, turn.id)
-    await exchange.reply(await _written(door, session_id, turn, response))
+        whole = await _stream(door, exchange, session_id, turn, response, after=-1)
+    else:
+        if not body.background:
+            turn = await door.sessions.wait(TENANT, session_id, turn.id)
+        await exchange.reply(await _written(door, session_id, turn, response))
+        whole = not exchange.gone
+    if whole and request.attempt is not None:
+        door.answers.given(turn.id)
 
 
 async def _accepted(
@@ -115,9 +118,13 @@ async def _accepted(
     """Return the session and the turn that the request made, now or when it was sent before."""
     attempt = request.attempt
     if attempt is not None and attempt.repeated:
-        found = await earlier_attempt(door, attempt, session_id)
+        # What is sent to a conversation is in that conversation or nowhere.
+        elsewhere = session_id is None or previous is not None
+        found = await earlier_attempt(door, attempt, session_id, elsewhere=elsewhere)
         if found is not None:
             return found
+    elif attempt is not None:
+        door.answers.asked(attempt.fingerprint)
     if session_id is None:
         session_id = (
             request.session_for_key() or exchange.header(_NEW_SESSION_HEADER) or new_session_id()
@@ -191,7 +198,8 @@ async def _stream(
     response: Response,
     *,
     after: int,
-) -> None:
+) -> bool:
+    """Stream a response; return whether its client was given all of it."""
     fold = ResponseFold(response, turn.id, after=after)
     headers = ((b"x-agentray-response-id", response.id.encode()),)
 
@@ -207,7 +215,7 @@ async def _stream(
                 if events or fold.done:
                     await stream.write(response_frames(events), last=fold.done)
                 if fold.done:
-                    return
+                    return not exchange.gone
         except AgentRayError as error:
             if not exchange.started:
                 raise
@@ -216,6 +224,7 @@ async def _stream(
                 sequence_number=fold.last_number, code=error.code, message=error.message
             )
             await stream.write(response_frames([event]), last=True)
+    return False
 
 
 async def retrieve_response(door: Door, exchange: Exchange) -> None:

@@ -186,6 +186,14 @@ def _cursor(text: str) -> Cursor:
     return Cursor(int(seq), int(offset or 0))
 
 
+def _check_cursor(session: SessionInfo, seq: int) -> None:
+    if seq > session.last_seq:
+        raise CursorError(
+            f"the cursor {seq} lies in the future: the session is at {session.last_seq}",
+            param="after",
+        )
+
+
 async def _page_events(
     door: Door, exchange: Exchange, session_id: str, after: int, limit: int, turn_id: str | None
 ) -> None:
@@ -196,6 +204,8 @@ async def _page_events(
         return
     turn = await sessions.turn(TENANT, session_id, turn_id)
     own = [event for event in await turn_events(sessions, session_id, turn) if event.seq > after]
+    if not own:
+        _check_cursor(await sessions.get(TENANT, session_id), after)
     await exchange.reply(EventPage(own[:limit], len(own) > limit))
 
 
@@ -203,12 +213,7 @@ async def _stream_events(
     door: Door, exchange: Exchange, session_id: str, cursor: Cursor, turn_id: str | None
 ) -> None:
     # The stream may have nothing to say for long: what is wrong with it is found out now.
-    session = await door.sessions.get(TENANT, session_id)
-    if cursor.seq > session.last_seq:
-        raise CursorError(
-            f"the cursor {cursor.seq} lies in the future: the session is at {session.last_seq}",
-            param="after",
-        )
+    _check_cursor(await door.sessions.get(TENANT, session_id), cursor.seq)
     if turn_id is not None:
         await door.sessions.turn(TENANT, session_id, turn_id)
     items = door.sessions.follow(TENANT, session_id, after=cursor, turn_id=turn_id)

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import ASGIApp, Message
 
 from agentray.clock import ManualClock
-from agentray.config.settings import AgentSettings, HttpSettings, Settings
+from agentray.config.settings import AgentSettings, HttpSettings, SessionsSettings, Settings
 from agentray.http.app import build_http_app
 from agentray.models.client import RawStream
 from tests.unit.http.memory import AT, MemorySessions
@@ -29,11 +29,16 @@ class Models:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.called = asyncio.Semaphore(0)
+        self.ready = asyncio.Event()
+        self.ready.set()
 
     async def complete_raw(
         self, model: str, body: Any, *, session_id: str | None = None
     ) -> bytes | RawStream:
         self.asked.append((model, msgspec.json.decode(msgspec.json.encode(body))))
+        self.called.release()
+        await self.ready.wait()
         return b'{"object":"chat.completion","choices":[]}'
 
 
@@ -139,6 +144,7 @@ def app(
         catalog=models,
         settings=Settings(
             http=http_settings,
+            sessions=SessionsSettings(max_running_turns=2),
             agents={
                 "assistant": AgentSettings(instructions="Be brief.", temperature=0.5),
                 "critic": AgentSettings(model="org/large", instructions=""),

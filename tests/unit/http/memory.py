@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from agentray.errors import SessionBusyError, SessionNotFoundError, TurnNotFoundError
+from agentray.errors import CursorError, SessionBusyError, SessionNotFoundError, TurnNotFoundError
 from agentray.events import (
     AnyEvent,
     Message,
@@ -39,6 +39,7 @@ class MemorySessions:
         self.turns: dict[str, TurnInfo] = {}
         self.items: dict[str, list[StreamItem]] = {}
         self.followers = 0
+        self.listed = 0
         self.cancelled: list[str] = []
         self._changed = asyncio.Event()
 
@@ -77,6 +78,7 @@ class MemorySessions:
         return replace(self.sessions[session_id], last_seq=last_seq)
 
     async def list(self, tenant: str, **query: Any) -> tuple[list[SessionInfo], str | None]:
+        self.listed += 1
         return list(reversed(self.sessions.values())), None
 
     async def update(
@@ -229,6 +231,8 @@ class MemorySessions:
         found: list[AnyEvent] = [
             i for i in self.items[session_id] if not isinstance(i, Delta) and i.seq > after
         ]
+        if not found and after >= self._next(session_id):
+            raise CursorError("the cursor lies in the future", param="after")
         return found[:limit], len(found) > limit
 
     async def cancel(self, tenant: str, session_id: str, turn_id: str | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any, cast
@@ -9,7 +10,7 @@ import pytest
 
 from agentray.errors import BackpressureError, StorageUnavailableError
 from agentray.ids import new_turn_id, response_id
-from tests.unit.http.conftest import Client, Models
+from tests.unit.http.conftest import DEADLINE_S, Client, Models
 from tests.unit.http.memory import MemorySessions
 
 NO_RESPONSE = response_id("nobody", new_turn_id())
@@ -339,6 +340,50 @@ async def test_a_completion_of_a_plain_model_is_passed_on_as_it_is(
     ((model, asked),) = models.asked
     assert model == "org/large"
     assert asked == body
+
+
+async def test_a_host_serves_only_so_many_completions_at_once(
+    http: httpx.AsyncClient, models: Models
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    models.ready.clear()
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as group:
+        running = [group.create_task(http.post("/v1/chat/completions", json=body)) for _ in "ab"]
+        for _ in running:
+            await models.called.acquire()
+        refused = await http.post("/v1/chat/completions", json=body)
+        models.ready.set()
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert error_of(refused)["code"] == "overloaded"
+    assert [task.result().status_code for task in running] == [200, 200]
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert len(models.asked) == 3
+
+
+async def test_a_completion_that_fails_makes_room_for_the_next(
+    http: httpx.AsyncClient, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    with monkeypatch.context() as broken:
+        broken.setattr(models, "asked", None)
+        for _ in range(3):
+            assert (await http.post("/v1/chat/completions", json=body)).status_code == 500
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("of_turn", [False, True])
+async def test_a_page_behind_the_end_of_the_journal_is_refused(
+    http: httpx.AsyncClient, sessions: MemorySessions, of_turn: bool
+) -> None:
+    await sessions.create("default", session_id="s")
+    turn = (await http.post("/v1/sessions/s/turns", json={"input": "x"})).json()
+    query = {"turn_id": turn["id"]} if of_turn else {}
+    events = "/v1/sessions/s/events"
+    at_the_end = await http.get(events, params={"after": turn["last_seq"], **query})
+    assert (at_the_end.status_code, at_the_end.json()["data"]) == (200, [])
+    answer = await http.get(events, params={"after": 999_999, **query})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_cursor", "after")
 
 
 async def test_agents_and_models_are_listed_and_shown_by_name(http: httpx.AsyncClient) -> None:

@@ -11,6 +11,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentray.clock import ManualClock
+from agentray.errors import BackpressureError
 from tests.unit.http.memory import MemorySessions
 
 
@@ -18,10 +19,25 @@ async def nobody(scope: Scope, receive: Receive, send: Send) -> None:
     """Take a request in, and do nothing."""
 
 
-class LosesAnswers:
-    """Says 502 in the place of the first ``lost`` answers, of ``before``; then it serves."""
+class Connection:
+    """Takes what is sent, as uvicorn's does; one whose client has left, too."""
 
-    def __init__(self, app: ASGIApp, *, lost: int, before: ASGIApp | None = None) -> None:
+    def __init__(self, disconnected: bool) -> None:
+        self.disconnected = disconnected
+
+    async def send(self, message: Any) -> None: ...
+
+
+class LosesAnswers:
+    """Says 502 in the place of the first ``lost`` answers, of ``before``; then it serves.
+
+    Those are lost behind the server's connection, or with ``gone`` by a client that left it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, lost: int, before: ASGIApp | None = None, gone: bool = False
+    ) -> None:
+        self.gone = gone
         self.app = app
         self.before = before or app
         self.lost = lost
@@ -34,10 +50,7 @@ class LosesAnswers:
             await self.app(scope, receive, send)
             return
         self.lost -= 1
-
-        async def swallow(message: Any) -> None: ...
-
-        await self.before(scope, receive, swallow)
+        await self.before(scope, receive, Connection(self.gone).send)
         head = [(b"content-length", b"0"), (b"retry-after-ms", b"1")]
         await send({"type": "http.response.start", "status": 502, "headers": head})
         await send({"type": "http.response.body", "body": b""})
@@ -156,9 +169,10 @@ async def test_agents_and_models_are_models(ai: openai.AsyncOpenAI) -> None:
     assert [await ai.models.retrieve(model.id) for model in listed] == listed
 
 
+@pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("where", ["new", "conversation", "latest", "older"])
 async def test_its_own_retries_double_no_turn(
-    app: ASGIApp, ai: openai.AsyncOpenAI, sessions: MemorySessions, where: str
+    app: ASGIApp, ai: openai.AsyncOpenAI, sessions: MemorySessions, where: str, gone: bool
 ) -> None:
     given: dict[str, Any] = {}
     if where == "conversation":
@@ -173,7 +187,7 @@ async def test_its_own_retries_double_no_turn(
     if where == "latest":
         given["previous_response_id"] = asked_before.id
     before = set(sessions.turns)
-    losing = LosesAnswers(app, lost=2)
+    losing = LosesAnswers(app, lost=2, gone=gone)
     async with connect(losing) as client:
         response = await client.responses.create(input="hi", **given)
     assert losing.counts == ["0", "1", "2"]
@@ -186,11 +200,77 @@ async def test_a_retry_of_what_never_arrived_is_not_taken_for_an_earlier_request
 ) -> None:
     conversation = await ai.conversations.create()
     first = await ai.responses.create(input="go on", conversation=conversation.id)
-    clock.advance(100)
+    clock.advance(3)
     losing = LosesAnswers(app, lost=1, before=nobody)
     async with connect(losing) as client:
         second = await client.responses.create(input="go on", conversation=conversation.id)
     assert second.id != first.id
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("where", ["new", "conversation"])
+async def test_a_retry_of_what_was_refused_here_is_not_taken_for_an_earlier_request(
+    app: ASGIApp,
+    ai: openai.AsyncOpenAI,
+    sessions: MemorySessions,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    stream: bool,
+) -> None:
+    given: dict[str, Any] = {"input": "go on", "stream": stream}
+    if where == "conversation":
+        given["conversation"] = (await ai.conversations.create()).id
+    for _ in range(2):  # whose turns all look the same
+        await ask(ai, given)
+    submit = sessions.submit
+
+    async def full(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(sessions, "submit", submit)
+        raise BackpressureError("full", retry_after_s=0.001)
+
+    monkeypatch.setattr(sessions, "submit", full)
+    serving = LosesAnswers(app, lost=0)
+    async with connect(serving) as client:
+        await ask(client, given)
+    assert serving.counts == ["0", "1"]
+    assert len(sessions.turns) == 3
+
+
+async def ask(ai: openai.AsyncOpenAI, given: dict[str, Any]) -> None:
+    answer = await ai.responses.create(**given)
+    if given["stream"]:
+        assert [event.type async for event in answer][-1] == "response.completed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("waited_s", "turns"), [(9.0, 1), (11.0, 2)])
+async def test_a_turn_that_ended_while_its_client_was_gone_is_found_for_ten_seconds(
+    app: ASGIApp,
+    sessions: MemorySessions,
+    clock: ManualClock,
+    waited_s: float,
+    turns: int,
+    stream: bool,
+) -> None:
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+        clock.advance(waited_s)
+
+    losing = LosesAnswers(app, lost=1, before=late, gone=True)
+    async with connect(losing) as client:
+        await ask(client, {"input": "hi", "stream": stream})
+    assert len(sessions.turns) == turns
+
+
+async def test_what_was_sent_to_a_conversation_is_looked_for_nowhere_else(
+    app: ASGIApp, ai: openai.AsyncOpenAI, sessions: MemorySessions
+) -> None:
+    conversation = await ai.conversations.create()
+    losing = LosesAnswers(app, lost=1, before=nobody)
+    async with connect(losing) as client:
+        await client.responses.create(input="hi", conversation=conversation.id)
+    assert losing.counts == ["0", "1"]
+    assert (len(sessions.turns), sessions.listed) == (1, 0)
 
 
 async def test_a_refusal_of_what_was_accepted_never_is_not_retried_into_a_turn(

@@ -8,7 +8,7 @@ import pytest
 
 from agentray.config.settings import HttpSettings
 from agentray.errors import StorageUnavailableError
-from agentray.http.exchange import Exchange
+from agentray.http.exchange import ClientGoneError, Exchange
 from agentray.http.sse import EventStream, Watchdog
 from tests.unit.http.conftest import DEADLINE_S, Client
 from tests.unit.http.memory import MemorySessions
@@ -127,6 +127,56 @@ async def test_a_reader_that_takes_nothing_is_dropped(
     await finished(task)
     assert not client.whole
     assert sessions.followers == 0
+
+
+class Connection:
+    """Takes ``room`` messages and then no more, as uvicorn's with a client that does not read."""
+
+    def __init__(self, room: int) -> None:
+        self.sent: list[Any] = []
+        self.room = room
+        self.transport = self
+        self.aborted = False
+
+    async def send(self, message: Any) -> None:
+        if len(self.sent) == self.room:
+            await asyncio.Event().wait()
+        self.sent.append(message)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def receive_nothing() -> Any:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+async def test_a_reader_that_does_not_take_a_large_reply_is_cut_off(room: int) -> None:
+    connection = Connection(room)
+    scope = {"type": "http", "headers": []}
+    exchange = Exchange(scope, receive_nothing, connection.send, stall_s=0.02)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ClientGoneError):
+            await exchange.reply({"text": "x" * 150_000})
+    assert connection.aborted
+    assert len(connection.sent) == room
+
+
+@pytest.mark.parametrize("size", [0, 65_536, 65_537, 131_072, 200_000])
+async def test_a_large_reply_comes_whole_and_in_pieces_that_say_so(size: int) -> None:
+    connection = Connection(9)
+    scope = {"type": "http", "headers": []}
+    exchange = Exchange(scope, receive_nothing, connection.send, stall_s=DEADLINE_S)
+    body = bytes(range(250)) * (size // 250) + b"y" * (size % 250)
+    await exchange.reply_bytes(body, (b"content-type", b"text/plain"))
+    head, *pieces = connection.sent
+    assert (b"content-length", b"%d" % size) in head["headers"]
+    assert b"".join(piece["body"] for piece in pieces) == body
+    assert max(len(piece["body"]) for piece in pieces) <= 65_536
+    more = [piece.get("more_body", False) for piece in pieces]
+    assert more == [True] * (len(pieces) - 1) + [False]
+    assert not connection.aborted
 
 
 @pytest.mark.usefixtures("session")
