@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
 from importlib import import_module
 from typing import Any, cast
@@ -27,6 +28,8 @@ __all__ = ["main"]
 
 HOSTS_APP = "hosts"
 _POLL_S = 0.1
+# For what dedicated sessions do behind their drain. The supervisor waits longer than two of it.
+_END_MARGIN_S = 6.0
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
                 _check_cluster(job["address"])
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
-            _stop(alone=job["alone"])
+            _stop(job["drain_s"], alone=job["alone"])
     except Exception as error:
         logging.getLogger("agentray").exception("job_failed")
         # Ray wraps what a task raised, and shows the traceback first.
@@ -134,19 +137,31 @@ def _answers(settings: Settings) -> bool:
         connection.close()
 
 
-def _stop(*, alone: bool) -> None:
-    """Take the session hosts off and return when they have drained.
+def _stop(drain_s: float, *, alone: bool) -> None:
+    """Take the session hosts and the dedicated sessions off and return when they have drained.
 
     The simulator stays until then: running turns need it. Where Ray ends next, it ends with it.
     """
+    from agentray.sessions.dedicated import end_all
+
+    with ThreadPoolExecutor(1) as beside:
+        ending = beside.submit(end_all, timeout_s=drain_s + _END_MARGIN_S)
+        _delete(HOSTS_APP)
+        ending.result()
+    # A host that had not begun to drain may have started one anew.
+    end_all(timeout_s=_END_MARGIN_S)
+    if not alone:
+        _delete(SIMULATOR)
+
+
+def _delete(app: str) -> None:
     serve: Any = import_module("ray.serve")
-    for name in (HOSTS_APP,) if alone else (HOSTS_APP, SIMULATOR):
-        deleted = False
-        while not deleted:
-            # Serve waits a minute; how long is the supervisor's to say.
-            with contextlib.suppress(TimeoutError):
-                serve.delete(name)
-                deleted = True
+    deleted = False
+    while not deleted:
+        # Serve waits a minute; how long is the supervisor's to say.
+        with contextlib.suppress(TimeoutError):
+            serve.delete(app)
+            deleted = True
 
 
 def _say(kind: str, text: str) -> None:

@@ -14,7 +14,7 @@ from agentray.http.app import build_http_app
 from agentray.models.simulator import SIMULATOR_PREFIX
 from agentray.sessions.host import DEPLOYMENT, SessionHost
 from agentray.sessions.process import OwnerProcess
-from agentray.sessions.routing import OwnerRouter
+from agentray.sessions.routing import OwnerRouter, tell_redis_url
 
 __all__ = ["build_hosts_app"]
 
@@ -34,8 +34,10 @@ def _open_door(process: OwnerProcess) -> None:
 
 
 def build_hosts_app(settings: Settings) -> Any:
-    """Return the application of the session hosts; it is served at ``/``."""
+    """Return the application of the session hosts, to be served at ``/`` of the cluster that
+    this process is connected to."""
     assert settings.redis.url is not None
+    tell_redis_url(settings.redis.url.get_secret_value())
     simulator_url = (
         f"{url(settings.http)}{SIMULATOR_PREFIX}/v1" if settings.models.simulated() else None
     )
@@ -49,10 +51,7 @@ def build_hosts_app(settings: Settings) -> Any:
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(
             request_router_class=cast(Any, OwnerRouter),
-            request_router_kwargs={
-                "redis_url": settings.redis.url.get_secret_value(),
-                "timeout_s": settings.redis.timeout_s,
-            },
+            request_router_kwargs={"timeout_s": settings.redis.timeout_s},
         ),
     )
     return deploy(SessionHost).bind(

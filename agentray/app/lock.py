@@ -28,7 +28,7 @@ def exclusive(file: Path) -> Generator[None]:
             holder = os.read(descriptor, 32).decode().strip() or "unknown"
             raise ConfigError(
                 f"agentray already runs on {file.parent} (process {holder}): "
-                "stop it, or use another --data-dir"
+                "stop it, or use another --data-dir and --port"
             ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import SecretStr
@@ -36,6 +37,7 @@ from agentray.app.processes import end_processes, owned_processes
 from agentray.app.ray_head import RayHead
 from agentray.app.report import Report
 from agentray.app.stores import Stores, without_password
+from agentray.config.program import program
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.config.state import RunState, remove_state, write_state
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
@@ -118,11 +120,10 @@ class Supervisor:
             await asyncio.gather(stop, work, return_exceptions=True)
             await self._shut_down()
             self._ignore_signals()
+        self._layout.keep_ray_logs()
+        self._layout.remove_runtime()
         if code == 0:
             self._report.info("stopped")
-        else:
-            self._layout.keep_ray_logs()
-        self._layout.remove_runtime()
         return code
 
     async def _work(self) -> None:
@@ -263,10 +264,17 @@ class Supervisor:
         remove_state(self._layout.data_dir)
 
     async def _drain(self) -> None:
-        """Take the session hosts off and wait until they have drained, or for a second signal."""
-        timeout_s = self._settings.sessions.drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S
+        """Take the session hosts and the dedicated sessions off; return when they have drained, or
+        at a second signal."""
+        drain_s = self._settings.sessions.drain_s
+        timeout_s = drain_s + DRAIN_MARGIN_S + _STOP_MARGIN_S
         stopper = await self._job()
-        task = {"do": "stop", "address": self._ray_address, "alone": self._head is not None}
+        task = {
+            "do": "stop",
+            "address": self._ray_address,
+            "drain_s": drain_s,
+            "alone": self._head is not None,
+        }
         job = asyncio.create_task(stopper.run(task, timeout_s=timeout_s))
         hurry = asyncio.create_task(self._hurry.wait())
         death = asyncio.create_task(self._head_dead())
@@ -345,12 +353,15 @@ class Supervisor:
     def _say_ready(self) -> None:
         models = self._settings.models
         default = models.default or models.names()[0]
-        here = url(self._settings.http)
+        here, agentray_here = url(self._settings.http), program()
+        default_dir = type(self._settings).model_fields["data_dir"].default
+        default_dir = Path(default_dir).expanduser().resolve()
+        elsewhere = "" if self._layout.data_dir == default_dir else f" --url {here}"
         self._report.ready(
             here,
             [
-                f"model   {default}; another one: agentray up --model NAME=URL",
-                "talk    agentray chat",
+                f"model   {default}; another one: {agentray_here} up --model NAME=URL",
+                f"talk    {agentray_here} chat{elsewhere}",
                 f"curl    curl {here}/v1/responses {_CURL_BODY}",
                 f'openai  OpenAI(base_url="{here}/v1", api_key="none")',
                 f"logs    {self._layout.logs_dir}",

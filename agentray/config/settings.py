@@ -107,6 +107,10 @@ class SessionsSettings(_Section):
         default=300.0, description="Idle time after which a session leaves memory."
     )
     max_resident: Count = Field(default=20_000, description="Resident sessions of one host.")
+    max_dedicated: Count = Field(
+        default=64,
+        description="Dedicated sessions active at once in the cluster; turns of others wait.",
+    )
     max_queued_turns: Count = Field(default=100, description="Turns that may wait in one session.")
     max_running_turns: Count = Field(default=2_000, description="Turns that one host runs at once.")
     window_turns: Count = Field(default=20, description="Past turns that are shown to the model.")

@@ -119,8 +119,9 @@ class Sessions(Protocol):
     """A process's view of all sessions of the cluster.
 
     Whatever is asked, the session may live here, in another process or nowhere: the answer is
-    the same. All methods raise ``StorageUnavailableError`` while PostgreSQL is away. ``tenant``
-    scopes every id: another tenant's session is not found.
+    the same. All methods raise ``StorageUnavailableError`` while PostgreSQL is away, but for
+    what waits for a turn's end and a turn that begins in a session in memory: those go on when
+    it is back. ``tenant`` scopes every id: another tenant's session is not found.
     """
 
     async def create(
@@ -216,7 +217,11 @@ class Sessions(Protocol):
         ...
 
     async def wait(self, tenant: str, session_id: str, turn_id: str) -> TurnInfo:
-        """Return the turn when it is done. Leaving early cancels nothing but the waiting."""
+        """Return the turn when it is done. Leaving early cancels nothing but the waiting.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, SessionParkedError: as for ``follow``.
+        """
         ...
 
     def follow(
@@ -238,6 +243,7 @@ class Sessions(Protocol):
 
         Raises:
             SessionNotFoundError, TurnNotFoundError: before the first item.
+            SessionParkedError: with ``turn_id``, if that turn cannot go on.
             CursorError: the cursor lies in the future.
         """
         ...

@@ -9,7 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from agentray.clock import Clock
-from agentray.errors import CursorError, SessionNotFoundError, StorageError, TurnNotFoundError
+from agentray.errors import (
+    CursorError,
+    SessionNotFoundError,
+    SessionParkedError,
+    StorageError,
+    TurnNotFoundError,
+)
 from agentray.events import (
     AnyEvent,
     ModelCalled,
@@ -79,7 +85,7 @@ class Following:
         self._owner_id = owner_id
         self._hubs = hubs
         self._clock = clock
-        self._mirrors: dict[Key, asyncio.Task[None]] = {}
+        self._mirrors: dict[Key, tuple[Hub, asyncio.Task[None]]] = {}
         self._followed: dict[Key, tuple[str, float]] = {}
 
     def check_cursor(self, cursor: Cursor, last_seq: int) -> None:
@@ -93,7 +99,12 @@ class Following:
     async def follow(
         self, key: Key, after: Cursor, turn_id: str | None
     ) -> AsyncIterator[list[StreamItem]]:
-        """Yield what ``Sessions.follow`` promises."""
+        """Yield what ``Sessions.follow`` promises.
+
+        Raises ``SessionParkedError`` behind the last event if ``turn_id`` is given and nobody
+        will run that turn to its end. Without it the iterator waits on: a message that comes
+        has the session tried again.
+        """
         cursor, born = await self._start(key, after, turn_id)
         called_seq = await self._called_seq(key, cursor) if cursor == after else cursor.seq
         text = _TextInFlight(called_seq, cursor.offset)
@@ -105,6 +116,9 @@ class Following:
                     items = await self._page(key, cursor.seq, hub.base_seq)
                 if not items:
                     if not hub.local:
+                        if turn_id is not None and hub.parked_at is not None:
+                            await self._check_parked(key, hub)
+                            continue  # what came meanwhile woke nobody
                         self._keep_mirror(key, hub)
                     await hub.changed()
                     if self._hubs.get(key) is not hub:
@@ -199,9 +213,8 @@ class Following:
             self._forget(key)
 
     def _forget(self, key: Key) -> None:
-        mirror = self._mirrors.pop(key, None)
-        if mirror is not None:
-            mirror.cancel()
+        if key in self._mirrors:
+            self._mirrors.pop(key)[1].cancel()
         self._followed.pop(key, None)
 
     # Sessions that live elsewhere
@@ -217,9 +230,16 @@ class Following:
         self._followed[key] = (owner, self._clock.monotonic() + _RENEW_S)
 
     def _keep_mirror(self, key: Key, hub: Hub) -> None:
-        mirror = self._mirrors.get(key)
-        if mirror is None or mirror.done():
-            self._mirrors[key] = asyncio.get_running_loop().create_task(self._mirror(key, hub))
+        known, mirror = self._mirrors.get(key, (None, None))
+        if mirror is not None and not mirror.done():
+            if known is hub:
+                return
+            # Of a hub that was replaced: it would never feed this one.
+            mirror.cancel()
+        mirror = asyncio.get_running_loop().create_task(self._mirror(key, hub))
+        # Whatever ended it, readers must not wait for what it would have said.
+        mirror.add_done_callback(lambda _: hub.notify())
+        self._mirrors[key] = hub, mirror
 
     async def _mirror(self, key: Key, hub: Hub) -> None:
         """Feed a hub from the journal, and ask the session's owner to feed it live."""
@@ -236,15 +256,41 @@ class Following:
                 owner = row.owner if row.owner_alive else None
                 if owner is not None and owner != self._owner_id:
                     self._ask(key, owner)
-                while not hub.local and hub.last_seq < row.last_seq:
-                    bodies = await self._store.events(
-                        tenant, session_id, after=hub.last_seq, limit=_PAGE
-                    )
-                    if not bodies:
-                        break
-                    hub.feed([decode_event(body) for body in bodies])
+                await self._fill(key, hub, row.last_seq)
+                hub.parked_at = row.last_seq if row.parked_reason is not None else None
+                if hub.parked_at is not None:
+                    hub.notify()
             except StorageError as error:
                 log.warning("mirror_failed", session=session_id, error=str(error))
+            except Exception as error:  # the outer wall: readers would begin it again at once
+                log.exception("mirror_failed", session=session_id, error=type(error).__name__)
+
+    async def _fill(self, key: Key, hub: Hub, last_seq: int) -> None:
+        """Feed a hub what the journal has; what cannot be read ends it, and parks its session."""
+        try:
+            while not hub.local and hub.last_seq < last_seq:
+                bodies = await self._store.events(*key, after=hub.last_seq, limit=_PAGE)
+                if not bodies:
+                    break
+                hub.feed([decode_event(body) for body in bodies])
+        except msgspec.MsgspecError as error:
+            log.error("journal_unreadable", session=key[1], error=str(error))
+
+    async def _check_parked(self, key: Key, hub: Hub) -> None:
+        """Raise ``SessionParkedError`` to a reader that has all, if the session is still parked.
+
+        A message may have come since, and its turn must not fail for the one before.
+        """
+        row = await self._store.session(*key)
+        if row is None:
+            raise _deleted(key)
+        if row.parked_reason is not None and row.last_seq == hub.parked_at:
+            raise SessionParkedError(
+                f"session {key[1]} is parked: {row.parked_reason}",
+                session_id=key[1],
+                reason=row.parked_reason,
+            )
+        hub.parked_at = None
 
     def _ask(self, key: Key, owner: str, *, again: bool = False) -> None:
         now = self._clock.monotonic()
@@ -278,12 +324,13 @@ class Following:
         hub.followers[follower] = now + _FOLLOWER_TTL_S
 
     async def close(self) -> None:
-        for mirror in self._mirrors.values():
+        mirrors = [mirror for _, mirror in self._mirrors.values()]
+        for mirror in mirrors:
             mirror.cancel()
         for hub in self._hubs.values():
             hub.notify()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*self._mirrors.values(), return_exceptions=True)
+            await asyncio.gather(*mirrors, return_exceptions=True)
 
 
 def _deleted(key: Key) -> SessionNotFoundError:

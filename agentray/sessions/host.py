@@ -76,6 +76,8 @@ class SessionHost:
         raise RuntimeError(f"no door for {request!r}")
 
     async def __del__(self) -> None:
+        # Serve awaits this, but nothing before it for turns without a connection. Only the
+        # polling is cancelled: the drain that it began goes on, and stop waits for its end.
         self._watching.cancel()
         await self._process.stop()
 

@@ -149,6 +149,7 @@ class OwnerProcess:
         self.launch = launch_dedicated or _cannot_launch
         self.stopping = asyncio.Event()
         """Set when this process begins to drain: endless streams end with a cursor."""
+        self._draining: asyncio.Task[None] | None = None
 
     def _rules(self, agent: str) -> Rules:
         sessions = self.settings.sessions
@@ -183,11 +184,15 @@ class OwnerProcess:
     async def drain(self) -> None:
         """End endless streams and release sessions as their turns end; nothing is taken over.
 
-        What still runs after ``sessions.drain_s`` is left to recovery by others.
+        What still runs after ``sessions.drain_s`` is left to recovery by others. There is one
+        drain, and every caller waits for its end; cancelling a caller does not cancel it.
         """
-        if not self.stopping.is_set():
-            self.stopping.set()
-            await self.residents.drain(self.settings.sessions.drain_s)
+        self.stopping.set()
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(
+                self.residents.drain(self.settings.sessions.drain_s)
+            )
+        await asyncio.shield(self._draining)
 
     async def stop(self) -> None:
         """Drain, say goodbye and close everything."""
@@ -250,6 +255,8 @@ class OwnerProcess:
             return
         if message.kind == "deleted":
             self.residents.lose(actor)
+            # A copy that was on its way here may have come behind the deletion.
+            self.redis.drop(*key)
             return
         if message.sender:
             hub = self._hubs.setdefault(key, Hub(actor.state.seq))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -35,6 +36,7 @@ __all__ = ["Key", "Residents"]
 log = get_logger(__name__)
 
 _PASSIVATION_BATCH = 200
+_GIVEN_UP_AT_ONCE = 32
 _PAGE = 1_000
 _FOR_EVER_S = 1e9
 
@@ -453,44 +455,51 @@ class Residents:
         """Release everything at the ends of turns; what still runs after the time is left to
         recovery by others."""
         self.draining = True
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while self._actors:
-            store_away = False
-            for actor in [actor for actor in self._actors.values() if not actor.busy]:
-                try:
-                    if store_away:
-                        self.drop(actor)
-                    else:
-                        await self._give_up(actor)
-                except StorageError as error:
-                    # One deadline is waited for, not one a session: others find the dead owner.
-                    log.warning("drain_release_failed", session=actor.id, error=str(error))
-                    self.drop(actor)
-                    store_away = True
-            tasks = [actor.task for actor in self._actors.values() if actor.task is not None]
-            left = deadline - loop.time()
-            if not tasks or left <= 0:
-                break
-            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._give_all_up()
         for actor in list(self._actors.values()):
-            self.lose(actor)
+            if actor.busy:
+                self.lose(actor)
+            else:
+                # No need to release it: nothing is ours when the owner's row is gone.
+                self.drop(actor)
 
-    async def _give_up(self, actor: SessionActor) -> None:
+    async def _give_all_up(self) -> None:
+        while self._actors:
+            # Now, not when the owner leaves: others can have them while turns run on here.
+            idle = [actor for actor in self._actors.values() if not actor.busy]
+            for start in range(0, len(idle), _GIVEN_UP_AT_ONCE):
+                batch = idle[start : start + _GIVEN_UP_AT_ONCE]
+                if not all(await asyncio.gather(*[self._give_up(actor) for actor in batch])):
+                    # The store's time limit is waited for once, not once a batch.
+                    for actor in idle:
+                        self.drop(actor)
+                    break
+            tasks = [actor.task for actor in self._actors.values() if actor.task is not None]
+            if tasks:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _give_up(self, actor: SessionActor) -> bool:
+        """Release an idle session with its mail, and drop it; False if the store is away."""
         # Mail does not hold a draining host: the session's next owner reads it.
         actor.mailbox = None
-        while True:
-            outcome = await self._store.release(
-                actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
-            )
-            if outcome != "inbox":
-                self.drop(actor)
-                return
-            found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
-            if found is None:
-                self.drop(actor)
-                return
-            actor.inbox = found[0]
+        try:
+            while True:
+                outcome = await self._store.release(
+                    actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
+                )
+                if outcome != "inbox":
+                    return True
+                found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
+                if found is None:
+                    return True
+                actor.inbox = found[0]
+        except StorageError as error:
+            log.warning("drain_release_failed", session=actor.id, error=str(error))
+            return False
+        finally:
+            self.drop(actor)
 
 
 def _decode(bodies: Sequence[bytes], row: SessionRow) -> list[AnyEvent]:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.experimental.internal_kv import (
+    _internal_kv_get,  # pyright: ignore[reportPrivateUsage]
+    _internal_kv_put,  # pyright: ignore[reportPrivateUsage]
+)
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from agentray.clock import SystemClock
 from agentray.config.settings import RedisSettings
 from agentray.storage.redis import RedisStore
 
-__all__ = ["OwnerRouter"]
+__all__ = ["OwnerRouter", "tell_redis_url"]
+
+_KEY, _NAMESPACE = "redis_url", "agentray"
+
+
+def tell_redis_url(url: str) -> None:
+    """Leave the address of Redis with Ray's GCS, where the routers of all nodes find it.
+
+    Serve would show a router's arguments, and the password with them, in its status and on the
+    dashboard. Blocks for a moment; the process must be connected to the cluster.
+    """
+    _internal_kv_put(_KEY, url, namespace=_NAMESPACE)
 
 
 class OwnerRouter(ConsistentHashRouter):
@@ -22,10 +37,10 @@ class OwnerRouter(ConsistentHashRouter):
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Connect to Redis at ``redis_url``."""
+        """Connect to the Redis of :func:`tell_redis_url`."""
         super().initialize_state()  # pyright: ignore[reportUnknownMemberType]
         self._hints = RedisStore(
-            kwargs["redis_url"],
+            _internal_kv_get(_KEY, namespace=_NAMESPACE).decode(),
             RedisSettings(timeout_s=kwargs["timeout_s"]),  # type: ignore[call-arg]
             window_turns=1,
             clock=SystemClock(),

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from agentray.events import AnyEvent, ModelCalled, decode_event, encode_event
+from agentray.events import AnyEvent, ModelCalled, TurnAccepted, decode_event, encode_event
 from agentray.sessions.base import Cursor, Delta, StreamItem
 from agentray.storage.base import TurnRow, Wire
 
@@ -57,7 +57,7 @@ class Hub:
     ``readers`` counts who follows in this process; ``followers`` are other owners that do, with
     the time until which they said so. ``local``: the session is ours; ``live``: a turn runs.
     ``born`` is the session's ``first_epoch``, 0 where it is not known: another session may have
-    the id later.
+    the id later. ``parked_at``: elsewhere the session was seen parked, at this ``last_seq``.
     """
 
     __slots__ = (
@@ -69,6 +69,7 @@ class Hub:
         "followers",
         "live",
         "local",
+        "parked_at",
         "readers",
         "start",
         "text",
@@ -87,6 +88,7 @@ class Hub:
         self.followers: dict[str, float] = {}
         self.local = False
         self.live = False
+        self.parked_at: int | None = None
         self._waiting: set[asyncio.Future[None]] = set()
 
     @property
@@ -121,7 +123,9 @@ class Hub:
             if event.seq <= self.last_seq and not (behind_call and not self.events):
                 continue
             # A hub that began right behind a call has to have it, to take its text.
-            if event.seq != self.last_seq + 1:
+            # On the owner each turn begins with a rebase; elsewhere nothing else forgets.
+            begins = isinstance(event, TurnAccepted) and not self.local
+            if begins or event.seq != self.last_seq + 1:
                 self.rebase(event.seq - 1)
             self.events.append(event)
             if isinstance(event, ModelCalled):

@@ -72,6 +72,29 @@ def known(system: System, among: set[str]) -> set[str]:
     return {host.id for host in system.owners()} & among
 
 
+async def test_hosts_run_turns_to_their_ends_that_nobody_is_connected_for(
+    system: System, http: aiohttp.ClientSession, driver: ServeDriver
+) -> None:
+    """Serve waits for connections, and ends a host that has none after three seconds."""
+    await driver.scale(3)
+    before = {host.id for host in await system.until_hosts(3)}
+    ids = [f"leave-{uuid.uuid4().hex[:8]}" for _ in range(12)]
+    await asyncio.gather(*(create_session(http, system.url, session_id) for session_id in ids))
+    for session_id in ids:
+        body = {"input": script(WORDS, tps=8), "background": True}
+        async with http.post(f"{system.url}/v1/sessions/{session_id}/turns", json=body) as response:
+            assert response.status == 202
+    owners = [system.owner_of(session_id) for session_id in ids]
+    assert {found[0].id for found in owners if found is not None} == before
+    await driver.scale(1)
+    await until(lambda: len(known(system, before)) == 1, what="two hosts have left")
+    for session_id in ids:
+        await until(lambda s=session_id: system.journal(s).turns()[0].status, what="it ends")
+        [turn] = system.assert_journal_sound(session_id).turns()
+        assert (turn.status, turn.text) == ("completed", WORDS)
+        assert not turn.of(TurnResumed), "it was cut although it had time"
+
+
 async def test_a_rolling_restart_of_the_hosts_costs_no_client_a_word(
     system: System, http: aiohttp.ClientSession, driver: ServeDriver
 ) -> None:

@@ -17,7 +17,7 @@ import redis
 import agentray
 from agentray import errors
 from agentray.config.state import read_state
-from agentray.events import ModelFinished, TurnFinished, TurnOptions
+from agentray.events import ModelFinished, TurnFinished, TurnOptions, TurnResumed
 from agentray.sessions.base import Cursor, Delta, StreamItem, TurnInfo
 from tests.followed_turn import script
 from tests.integration.wire import CuttingProxy, Session, eventually
@@ -122,6 +122,33 @@ def named_actor(session_id: str, tenant: str) -> tuple[str, TurnInfo, TurnInfo]:
     return type(reference).__name__, first, second
 
 
+def leave_in_mid_turn(session_id: str) -> tuple[TurnInfo, list[type[Exception]], TurnInfo]:
+    import ray
+
+    session = _connection.session(session_id, placement="dedicated")
+    actor: Any = ray.get_actor(f"session/{session_id}", namespace="agentray")
+    running = actor.send.remote(script(STORY, tokens=12, tps=6))
+    followed = actor.follow.options(num_returns="streaming").remote()
+    ray.get(next(followed))
+    session.submit.remote("I wait").result()
+    drained = actor.drain.remote()
+    refused: list[type[Exception]] = []
+    for call in (
+        lambda: ray.get(actor.send.remote("too late")),
+        lambda: ray.get(actor.submit.remote("too late")),
+        lambda: [ray.get(item) for item in followed],
+    ):
+        try:
+            call()
+        except errors.AgentRayError as error:
+            refused.append(type(getattr(error, "cause", error)))
+    ray.get(drained)
+    # What is gone comes back for the next call, and runs what it left.
+    after = session.send.remote("still there?").result(timeout_s=60)
+    answered: Any = ray.get(running)
+    return answered, refused, after
+
+
 def send_often(session_ids: list[str], times: int) -> list[str]:
     sessions = [_connection.session(session_id) for session_id in session_ids]
     return [
@@ -217,6 +244,20 @@ def test_a_dedicated_session_is_a_ray_actor_with_a_name(
     else:
         assert http.get(f"/v1/sessions/{session_id}").status_code == 404
     system.assert_journal_sound(session_id)
+
+
+def test_a_dedicated_session_that_leaves_ends_its_turn_and_accepts_no_other(
+    driver: Driver, system: System
+) -> None:
+    session_id = new_id()
+    running, refused, after = driver(leave_in_mid_turn, session_id)
+    assert (running.status, running.text) == ("completed", STORY)
+    assert refused == [errors.NotReadyError] * 3
+    assert after.status == "completed"
+    turns = system.assert_journal_sound(session_id).turns()
+    # The one that waited ran behind; none that was refused ever did.
+    assert [turn.status for turn in turns] == ["completed"] * 3
+    assert not [turn for turn in turns if turn.of(TurnResumed)]
 
 
 def test_calls_land_on_the_owner(driver: Driver, system: System, http: httpx.Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from agentray.errors import (
     SessionBusyError,
     SessionClosedError,
     SessionNotFoundError,
+    SessionParkedError,
     StorageUnavailableError,
 )
 from agentray.events import (
@@ -546,6 +547,111 @@ async def test_an_owner_that_leaves_hands_its_sessions_over(
     assert not reader.of(TurnResumed), "it was run to its end"
     assert (await b.sessions.wait(TENANT, session, waiting.id)).status == "completed"
     assert resident(b, session)
+    owners.journal(session).assert_sound()
+
+
+async def test_an_owner_that_stops_waits_for_the_drain_under_way(
+    a: OwnerProcess, b: OwnerProcess, session: str, owners: Owners
+) -> None:
+    """As when Serve stops a host: who began the drain is cancelled long before its end."""
+    turn = await send(a, session, script("the end", tokens=150, tps=100))
+    watching = asyncio.create_task(a.drain())
+    await eventually(lambda: a.residents.draining, "the drain begins")
+    watching.cancel()
+    await a.stop()
+    done = await b.sessions.wait(TENANT, session, turn.id)
+    assert done.status == "completed"
+    journal = owners.journal(session)
+    journal.assert_sound()
+    assert not journal.turn(turn.id).of(TurnResumed), "the turn was cut"
+
+
+async def resident_sessions(owner: OwnerProcess, count: int) -> list[str]:
+    made = [next(names) for _ in range(count)]
+    for session_id in made:
+        await owner.sessions.create(TENANT, session_id=session_id)
+        assert await owner.residents.activate((TENANT, session_id)) is not None
+    return made
+
+
+async def test_idle_sessions_are_given_up_at_once_while_turns_run_on(
+    a: OwnerProcess, b: OwnerProcess, session: str
+) -> None:
+    turn = await send(a, session, ENDLESS)
+    idle = await resident_sessions(a, 80)
+    release = a.store.release
+    under_way: list[None] = []
+    most = 0
+
+    async def slowly(*args: Any, **how: Any) -> Any:
+        nonlocal most
+        under_way.append(None)
+        most = max(most, len(under_way))
+        await asyncio.sleep(0.1)
+        under_way.pop()
+        return await release(*args, **how)
+
+    a.store.release = slowly
+    draining = asyncio.create_task(a.drain())
+    # One after another they would take 8 s, of the 5 s in which the owner has to leave.
+    await eventually(lambda: len(a.residents) == 1, "the idle sessions are given up")
+    assert resident(a, session)
+    assert not draining.done()
+    assert 8 <= most <= 32
+    assert (await run(b, idle[-1], "hi")).status == "completed"
+    assert resident(b, idle[-1])
+    await b.sessions.cancel(TENANT, session, turn.id)
+    await draining
+
+
+async def test_a_drain_ends_in_time_whatever_is_left(
+    services: Services, simulator: SimulatorServer
+) -> None:
+    owners = Owners(services, simulator, drain_s=0.5)
+    leaving, staying = await owners.start(), await owners.start()
+    idle = await resident_sessions(leaving, 40)
+
+    async def hang(*args: Any, **how: Any) -> Any:
+        del args, how
+        await asyncio.sleep(60)
+
+    leaving.store.release = hang
+    async with asyncio.timeout(5):
+        await leaving.stop()
+    assert not len(leaving.residents)
+    for session_id in (idle[0], idle[-1]):
+        assert owners.journal(session_id).owner is not None, "somebody released it"
+        assert (await run(staying, session_id, "hi")).status == "completed"
+    await owners.stop()
+
+
+async def test_clients_of_a_turn_learn_that_its_session_is_parked(
+    a: OwnerProcess, b: OwnerProcess, session: str, owners: Owners
+) -> None:
+    running = await send(a, session, ENDLESS)
+    waiting = await send(b, session, "hi")
+    readers = [Reader(owner, session, waiting.id) for owner in (a, b)]
+    tail = Reader(b, session)
+    waits = asyncio.create_task(a.sessions.wait(TENANT, session, waiting.id))
+    runtime = cast(Any, a.residents)._runtime
+
+    async def fail(*args: Any) -> None:
+        raise RuntimeError(f"a defect in {args}")
+
+    runtime.run_accepted = fail
+    await a.sessions.cancel(TENANT, session, running.id)
+    for reader in (*readers, Reader(b, session, waiting.id)):
+        await reader.to_the_end()
+        assert isinstance(reader.error, SessionParkedError)
+    with pytest.raises(SessionParkedError):
+        await waits
+    assert (await b.sessions.get(TENANT, session)).status == "parked"
+    del runtime.run_accepted
+    # The next message has it tried again, and nobody who waits hears of what was before.
+    assert (await run(b, session, "hi")).status == "completed"
+    assert (await b.sessions.wait(TENANT, session, waiting.id)).status == "completed"
+    await tail.until(lambda r: len(r.of(TurnFinished)) == 4, "the tail went on")
+    await tail.leave()
     owners.journal(session).assert_sound()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 import redis
@@ -24,6 +25,7 @@ from agentray.app.layout import Layout
 from agentray.app.processes import alive
 from agentray.config.state import read_state
 from tests.integration.systems import READY_S, System, eventually, kill
+from tests.integration.wire import Session
 
 
 @pytest.fixture(scope="module")
@@ -291,16 +293,24 @@ def test_a_cluster_that_is_there_is_used_and_left_as_it_was(
 ) -> None:
     address, environ = cluster
     settings = {"ray": {"address": address}, "sessions": {"hosts": 1}}
-    system = System(tmp_path / "d", settings=settings, environ=environ)
+    hosts_app = "agentray.app.hosts:build_hosts_app"
+    system = System(tmp_path / "d", hosts_app=hosts_app, settings=settings, environ=environ)
     system.start()
     try:
         system.wait_ready()
         assert system.state.ray_address == address
-        host: int = system.get("/")["pid"]
-        assert host not in system.processes()
+        with httpx.Client(base_url=system.state.url, timeout=60) as http:
+            Session.make(http, placement="dedicated").turn("hello")
+        with psycopg.connect(system.state.postgres) as connection:
+            owners = connection.execute("SELECT kind, address FROM hosts").fetchall()
+        assert sorted(kind for kind, _ in owners) == ["dedicated", "shared"]
+        pids = [int(where.rpartition("/")[2]) for _, where in owners]
+        assert all(map(alive, pids))
+        assert not set(pids) & set(system.processes())
         system.signal(signal.SIGINT)
         assert system.wait_end() == 0
-        assert not alive(host)
+        # Ray ends an actor's process in its own time.
+        eventually(lambda: not any(map(alive, pids)))
         assert system.processes() == []
     finally:
         system.close()

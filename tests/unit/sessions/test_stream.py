@@ -252,6 +252,22 @@ def test_events_that_are_known_leave_the_running_text_alone() -> None:
     assert hub.read(Cursor(1)) == [Delta("t", 1, 3, "abc")]
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_a_hub_that_others_feed_forgets_the_turn_before(local: bool) -> None:
+    def turn(seq: int) -> list[AnyEvent]:
+        return [TurnAccepted(seq=seq, turn_id="t", at=0.0, input=[], agent="a"), called(seq + 1)]
+
+    hub = Hub()
+    hub.local = local
+    hub.feed([*turn(1), *turn(3)])
+    hub.feed(turn(5))
+    # Ours begins its turns with a rebase.
+    assert hub.events == (turn(5) if not local else [*turn(1), *turn(3), *turn(5)])
+    assert hub.last_seq == 6
+    assert hub.read(Cursor(4)) == turn(5)
+    assert hub.read(Cursor(3)) == (None if not local else [called(4), *turn(5)])
+
+
 def test_a_follower_that_begins_is_told_what_is_shown_and_no_more() -> None:
     hub, mirror = Hub(), Hub()
     hub.feed([called(1, continued_from=4)])
