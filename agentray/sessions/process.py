@@ -16,6 +16,7 @@ from agentray.errors import AgentRayError
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient
 from agentray.sessions.base import Placement
+from agentray.sessions.drain import drain
 from agentray.sessions.following import Following
 from agentray.sessions.journal import Journal
 from agentray.sessions.ownership import Ownership
@@ -190,7 +191,7 @@ class OwnerProcess:
         self.stopping.set()
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(
-                self.residents.drain(self.settings.sessions.drain_s)
+                drain(self.residents, self.store, timeout_s=self.settings.sessions.drain_s)
             )
         await asyncio.shield(self._draining)
 

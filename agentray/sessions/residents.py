@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import msgspec
 
 from agentray.clock import Clock
 from agentray.config.settings import SessionsSettings
 from agentray.errors import AgentRayError, OwnershipLostError, SessionParkedError, StorageError
-from agentray.events import AnyEvent, Message, TurnOptions, decode_event
+from agentray.events import Message, TurnOptions
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.base import Placement
 from agentray.sessions.ownership import Ownership
+from agentray.sessions.restoring import is_usable, restore
 from agentray.sessions.runtime import SessionRuntime, TurnNotBorn
-from agentray.sessions.state import Command, JournalCorruptError, Rules, SessionState, fold
+from agentray.sessions.state import Command, Rules
 from agentray.sessions.stream import Hub
 from agentray.storage.base import (
-    Claim,
     DurableStore,
-    HotCopy,
     HotStore,
-    SessionRow,
     TurnBirth,
     TurnRow,
 )
@@ -36,8 +33,6 @@ __all__ = ["Key", "Residents"]
 log = get_logger(__name__)
 
 _PASSIVATION_BATCH = 200
-_GIVEN_UP_AT_ONCE = 32
-_PAGE = 1_000
 _FOR_EVER_S = 1e9
 
 Key = tuple[str, str]
@@ -81,6 +76,10 @@ class Residents:
 
     def __len__(self) -> int:
         return len(self._actors)
+
+    def __iter__(self) -> Iterator[SessionActor]:
+        """Iterate over the sessions that are here now."""
+        return iter(list(self._actors.values()))
 
     def find(self, key: Key) -> SessionActor | None:
         """Return a resident session and note its use."""
@@ -143,7 +142,9 @@ class Residents:
             return None
         try:
             rules = self._rules(claim.row.agent)
-            state = await self._restore(claim, copy, rules)
+            usable = copy is not None and is_usable(copy, claim.row)
+            self._metrics.activations.labels("hot" if usable else "durable").inc()
+            state = await restore(self._store, claim.row, copy if usable else None, rules)
         except (msgspec.MsgspecError, AgentRayError) as error:
             if isinstance(error, StorageError):
                 await self._store.release(
@@ -171,27 +172,6 @@ class Residents:
         elif self._queue(actor, claim.turns):
             self._start(actor, None)
         return actor
-
-    async def _restore(self, claim: Claim, copy: HotCopy | None, rules: Rules) -> SessionState:
-        row = claim.row
-        if copy is not None and copy.seq <= row.last_seq and copy.epoch >= row.first_epoch:
-            self._metrics.activations.labels("hot").inc()
-            state = SessionState(copy.seq, copy.turns, copy.window[-rules.window_turns :])
-            while state.seq < row.last_seq:
-                bodies = await self._store.events(
-                    row.tenant, row.id, after=state.seq, limit=_PAGE, up_to=row.last_seq
-                )
-                state = fold(state, _decode(bodies, row), rules)
-            return state
-        self._metrics.activations.labels("durable").inc()
-        if row.last_seq == 0:
-            return SessionState()
-        events = _decode(
-            await self._store.recent_events(row.tenant, row.id, turns=rules.window_turns + 1), row
-        )
-        begun = sum(event.__struct_config__.tag == "turn.accepted" for event in events)
-        base = SessionState(seq=events[0].seq - 1, turns=row.turns - begun)
-        return fold(base, events, rules)
 
     # Turns
 
@@ -450,62 +430,6 @@ class Residents:
         for actor in actors:
             if epochs.get(actor.key) != actor.epoch and not actor.dropped:
                 self.lose(actor)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Release everything at the ends of turns; what still runs after the time is left to
-        recovery by others."""
-        self.draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._give_all_up()
-        for actor in list(self._actors.values()):
-            if actor.busy:
-                self.lose(actor)
-            else:
-                # No need to release it: nothing is ours when the owner's row is gone.
-                self.drop(actor)
-
-    async def _give_all_up(self) -> None:
-        while self._actors:
-            # Now, not when the owner leaves: others can have them while turns run on here.
-            idle = [actor for actor in self._actors.values() if not actor.busy]
-            for start in range(0, len(idle), _GIVEN_UP_AT_ONCE):
-                batch = idle[start : start + _GIVEN_UP_AT_ONCE]
-                if not all(await asyncio.gather(*[self._give_up(actor) for actor in batch])):
-                    # The store's time limit is waited for once, not once a batch.
-                    for actor in idle:
-                        self.drop(actor)
-                    break
-            tasks = [actor.task for actor in self._actors.values() if actor.task is not None]
-            if tasks:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _give_up(self, actor: SessionActor) -> bool:
-        """Release an idle session with its mail, and drop it; False if the store is away."""
-        # Mail does not hold a draining host: the session's next owner reads it.
-        actor.mailbox = None
-        try:
-            while True:
-                outcome = await self._store.release(
-                    actor.tenant, actor.id, epoch=actor.epoch, inbox=actor.inbox
-                )
-                if outcome != "inbox":
-                    return True
-                found = await self._store.open_turns(actor.tenant, actor.id, epoch=actor.epoch)
-                if found is None:
-                    return True
-                actor.inbox = found[0]
-        except StorageError as error:
-            log.warning("drain_release_failed", session=actor.id, error=str(error))
-            return False
-        finally:
-            self.drop(actor)
-
-
-def _decode(bodies: Sequence[bytes], row: SessionRow) -> list[AnyEvent]:
-    if not bodies:  # or it was deleted by now, and parking it changes nothing
-        raise JournalCorruptError(f"events up to {row.last_seq} are missing", session_id=row.id)
-    return [decode_event(body) for body in bodies]
 
 
 def _settle(future: asyncio.Future[bool], value: bool) -> None:

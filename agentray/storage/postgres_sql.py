@@ -141,13 +141,14 @@ ORDER BY t.ordinal
 """
 
 # Not FOR UPDATE SKIP LOCKED: the claim that follows is a compare-and-set of its own, and two
-# sweepers that see the same session have one winner.
+# sweepers that see the same session have one winner. Dedicated sessions come last: those that wait
+# for a process that may be started must not keep the others waiting.
 ORPHANS = f"""
 SELECT s.tenant, s.id, s.placement
 FROM (SELECT DISTINCT tenant, session_id FROM turns WHERE state <> 'done') t
 JOIN sessions s ON s.tenant = t.tenant AND s.id = t.session_id
 WHERE s.parked_reason IS NULL AND (s.owner IS NULL OR NOT {_OWNER_ALIVE})
-ORDER BY random() LIMIT %s
+ORDER BY s.placement = 'dedicated', random() LIMIT %s
 """
 
 _STATUS_FILTERS = {
