@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 _JSON: Header = (b"content-type", b"application/json")
 _PIECE_BYTES = 64 * 1024
+_DISCARD_S = 10.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _encode = msgspec.json.Encoder().encode
 
@@ -75,6 +77,8 @@ class Exchange:
         """
         declared = self.header(b"content-length")
         if declared is not None and declared.isdecimal() and int(declared) > limit_bytes:
+            if self.header(b"expect") is None:
+                await self._discard(limit_bytes)
             raise _too_large(limit_bytes)
         message = await self.receive()
         body: bytes = message.get("body", b"")
@@ -86,7 +90,9 @@ class Exchange:
                 parts.append(part)
                 size += len(part)
                 if size > limit_bytes:
-                    break
+                    if message.get("more_body", False):
+                        await self._discard(limit_bytes)
+                    raise _too_large(limit_bytes)
             body = b"".join(parts)
         if message["type"] == "http.disconnect":
             raise ClientGoneError
@@ -94,6 +100,18 @@ class Exchange:
             raise _too_large(limit_bytes)
         self.raw = body
         return body
+
+    async def _discard(self, limit_bytes: int) -> None:
+        """Read the rest of a body that is too large, if that is soon done: a connection that is
+        closed in the middle of a request loses the answer, or the next request."""
+        left = 4 * limit_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S):
+                while left > 0:
+                    message = await self.receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     async def decode(self, decoder: Decoder[T], limit_bytes: int, *, openai: bool = False) -> T:
         """Return the body as the decoder's type; an empty one counts as ``{}``.
