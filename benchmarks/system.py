@@ -245,9 +245,10 @@ async def running(
         async with asyncio.timeout(_START_S):
             if says:
                 assert process.stdout is not None
-                line = await process.stdout.readline()
-                if line.strip() != says:
-                    raise RuntimeError(f"{command[:4]} ended: {_tail(log_file)}")
+                # Ray says things of its own there.
+                while (line := await process.stdout.readline()).strip() != says:
+                    if not line:
+                        raise RuntimeError(f"{command[:4]} ended: {_tail(log_file)}")
             while port is not None and not _listens(port):
                 if process.returncode is not None:
                     raise RuntimeError(f"{command[:4]} ended: {_tail(log_file)}")
