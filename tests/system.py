@@ -326,9 +326,12 @@ class System:
         """Return the processes of a part: ``postgres``, ``redis``, ``haproxy``, ``controller``,
         ``gcs`` or ``raylet``; of PostgreSQL the one that the others descend from."""
         if role == "postgres":
-            note = self.layout.postgres_dir / "postmaster.pid"
-            pid = int(note.read_text().split()[0]) if note.exists() else 0
-            return [pid] if pid and alive(pid) else []
+            # PostgreSQL removes the file when it ends, and makes it before it writes into it.
+            try:
+                pid = int((self.layout.postgres_dir / "postmaster.pid").read_text().split()[0])
+            except (FileNotFoundError, IndexError):
+                return []
+            return [pid] if alive(pid) else []
         mark = {
             "redis": "redis-server",
             "haproxy": "haproxy",
