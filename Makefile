@@ -34,7 +34,7 @@ test-faults: $(VENV)/.installed-dev ## Kill everything under load, TIMES times i
 	for time in $$(seq $(TIMES)); do echo "==> $$time of $(TIMES)"; \
 		$(BIN)/python -m pytest -q tests/fault $(ARGS) </dev/null; done
 
-test-vllm: $(VENV)/.installed-dev ## Run a session on vLLM's own server, on the CPU.
+test-vllm: $(VENV)/.installed-dev ## Serve a tiny model with vLLM on the CPU, and test on it.
 	tests/vllm/run.sh $(ARGS)
 
 check: $(VENV)/.installed-dev ## Lint, format, types, import layers, generated docs.
@@ -52,6 +52,8 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks; tables here, figures in ben
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.turns --json benchmarks/results/turns.json $(ARGS)
 	$(BIN)/python -m benchmarks.sessions --json benchmarks/results/sessions.json $(ARGS)
+	$(BIN)/python -m benchmarks.router --json benchmarks/results/router.json $(ARGS)
+	$(BIN)/python -m benchmarks.failover --json benchmarks/results/failover.json $(ARGS)
 
 docs: $(VENV)/.installed-dev ## Generate docs/configuration.md.
 	$(BIN)/python -m agentray.config.reference docs/configuration.md

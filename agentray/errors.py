@@ -12,6 +12,7 @@ __all__ = [
     "DuplicateTurnError",
     "IdempotencyConflictError",
     "InvalidRequestError",
+    "ModelContextLengthError",
     "ModelError",
     "ModelNotFoundError",
     "ModelRateLimitedError",
@@ -159,6 +160,12 @@ class ModelError(AgentRayError):
 
 class ModelNotFoundError(ModelError):
     code = "model_not_found"
+
+
+class ModelContextLengthError(ModelError):
+    """The endpoint says that prompt and answer do not fit its context window."""
+
+    code = "context_length_exceeded"
 
 
 class ModelUnavailableError(ModelError):

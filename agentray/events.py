@@ -18,6 +18,8 @@ __all__ = [
     "ModelFailed",
     "ModelFinished",
     "ModelVoided",
+    "Route",
+    "StepKind",
     "ToolCall",
     "ToolCalled",
     "ToolFinished",
@@ -33,6 +35,9 @@ __all__ = [
 ]
 
 TurnStatus = Literal["completed", "failed", "cancelled", "incomplete"]
+StepKind = Literal["plan", "tool_follow_up", "summarise", "format", "answer"]
+"""What a model step is for: to plan a use of tools, to go on behind their results, to summarise,
+to bring something into a form, or to answer."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,10 +73,31 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
 
+class Route(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a model was called: ``candidates`` came into question, in the order of preference.
+
+    ``held_out`` says that chance took the large tier, to compare it with the small one. ``hedge``
+    is the model that is called as well if no first token comes in time.
+    """
+
+    kind: StepKind
+    candidates: list[str]
+    reason: str
+    held_out: bool = False
+    hedge: str | None = None
+
+
 class TurnOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a caller may set for one turn; ``None`` leaves it to the agent."""
+    """What a caller may set for one turn; ``None`` leaves it to the agent.
+
+    ``model`` is forced: no other one is called. ``output_schema`` is a JSON schema that the
+    answer has to follow, ``output_form`` what its caller says of it besides: ``name``,
+    ``description`` and ``strict``, as OpenAI has them.
+    """
 
     model: str | None = None
+    output_schema: dict[str, Any] | None = None
+    output_form: dict[str, Any] = {}
     instructions: str | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -116,19 +142,23 @@ class ModelCalled(Event, frozen=True, tag="model.called"):
 
     ``attempt`` counts the calls of one step from 1. With ``continued_from`` the call continues
     the text of the voided attempt before it: that many characters were already streamed.
+    ``route`` tells why it is this model.
     """
 
     step: int
     attempt: int
     model: str
     continued_from: int = 0
+    route: Route | None = None
 
 
 class ModelVoided(Event, frozen=True, tag="model.voided"):
     """An attempt ended without an answer; ``text`` is what of it had been streamed.
 
     With ``continues`` the next attempt goes on after ``text``; otherwise the item that was being
-    streamed is closed as incomplete and the next attempt begins a new one.
+    streamed is closed as incomplete and the next attempt begins a new one. With ``escalates`` its
+    answer failed its checks, and the next tier is to try. ``model`` is set where it was not the
+    one that was called first; ``cost`` is what was spent, in US dollars, as far as that is known.
     """
 
     step: int
@@ -136,10 +166,17 @@ class ModelVoided(Event, frozen=True, tag="model.voided"):
     reason: str
     text: str = ""
     continues: bool = False
+    escalates: bool = False
+    model: str | None = None
+    cost: float = 0.0
 
 
 class ModelFinished(Event, frozen=True, tag="model.finished"):
-    """A model answered. ``text`` is the whole text of the step, continued parts included."""
+    """A model answered. ``text`` is the whole text of the step, continued parts included.
+
+    ``model`` is set where it was not the one that was called first, ``cached`` where the answer
+    is one that was given to an equal call before. ``cost`` is in US dollars.
+    """
 
     step: int
     attempt: int
@@ -147,6 +184,9 @@ class ModelFinished(Event, frozen=True, tag="model.finished"):
     finish_reason: str
     tool_calls: list[ToolCall] = []
     usage: Usage = Usage()
+    model: str | None = None
+    cached: bool = False
+    cost: float = 0.0
 
 
 class ModelFailed(Event, frozen=True, tag="model.failed"):
@@ -156,6 +196,7 @@ class ModelFailed(Event, frozen=True, tag="model.failed"):
     attempt: int
     error: TurnError
     text: str = ""
+    cost: float = 0.0
 
 
 class ToolCalled(Event, frozen=True, tag="tool.called"):
@@ -177,11 +218,15 @@ class ToolFinished(Event, frozen=True, tag="tool.finished"):
 
 
 class TurnFinished(Event, frozen=True, tag="turn.finished"):
-    """The terminal event of a turn: exactly one follows each ``turn.accepted``."""
+    """The terminal event of a turn: exactly one follows each ``turn.accepted``.
+
+    ``cost`` is that of all its model calls, lost ones included, in US dollars.
+    """
 
     status: TurnStatus
     usage: Usage = Usage()
     error: TurnError | None = None
+    cost: float = 0.0
 
 
 AnyEvent = (

@@ -18,7 +18,9 @@ __all__ = [
     "RESPONSE_SESSION_OFFSET",
     "check_name",
     "check_session_id",
+    "new_batch_id",
     "new_conversation_id",
+    "new_file_id",
     "new_owner_id",
     "new_session_id",
     "new_turn_id",
@@ -53,6 +55,16 @@ def new_conversation_id() -> str:
 def new_turn_id() -> str:
     """Return a fresh turn id: 26 characters, sortable by the time of its making."""
     return _ulid()
+
+
+def new_file_id() -> str:
+    """Return a fresh id of a file, sortable by the time of its making."""
+    return "file-" + _ulid()
+
+
+def new_batch_id() -> str:
+    """Return a fresh id of a batch, sortable by the time of its making."""
+    return "batch_" + _ulid()
 
 
 def new_owner_id() -> str:

@@ -70,7 +70,7 @@ def _session(body: bytes, expect: str) -> None:
 
 
 class _Delta(msgspec.Struct):
-    content: str = ""
+    content: str | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -92,12 +92,31 @@ def _chat(body: bytes, expect: str) -> None:
     events = body.split(b"\n\n")
     for event in events[:-2]:
         for choice in _chunk.decode(event[6:]).choices:
-            text += choice.delta.content
+            text += choice.delta.content or ""
             finish = choice.finish_reason or finish
     if events[-2] != b"data: [DONE]" or finish != "stop":
         raise WrongAnswerError(f"the stream does not end well: {body[-300:]!r}")
     if text != expect:
         raise WrongAnswerError(f"expected {expect!r}, got {text!r}")
+
+
+class _WholeChoice(msgspec.Struct):
+    message: _Delta
+    finish_reason: str | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_WholeChoice]
+
+
+_completion = msgspec.json.Decoder(_Completion)
+
+
+def _complete(body: bytes, expect: str) -> None:
+    """Check a chat completion that comes whole."""
+    choice = _completion.decode(body).choices[0]
+    if choice.finish_reason != "stop" or choice.message.content != expect:
+        raise WrongAnswerError(f"expected {expect!r}, got {body[:300]!r}")
 
 
 class _Done(msgspec.Struct):
@@ -120,7 +139,13 @@ def _any(body: bytes, expect: str) -> None:
     del body, expect
 
 
-_CHECKERS: dict[str, Checker] = {"session": _session, "chat": _chat, "json": _json, "any": _any}
+_CHECKERS: dict[str, Checker] = {
+    "session": _session,
+    "chat": _chat,
+    "completion": _complete,
+    "json": _json,
+    "any": _any,
+}
 
 
 def checker(kind: str) -> Checker:

@@ -3,7 +3,7 @@
 ``python -m benchmarks.load`` reads a round as JSON from a line of standard input, connects its
 clients, says so, waits for a line, runs, and writes what it measured. ``Generator`` is the other
 end. Clients that are no plain HTTP (``openai``, Python handles) serve the same protocol with
-``serve``.
+``serve``; so does ``open_load``, whose requests keep to a schedule.
 """
 
 from __future__ import annotations
@@ -23,14 +23,27 @@ import msgspec
 
 from benchmarks.answers import WrongAnswerError, checker
 
-__all__ = ["DRIVER_ENVIRON", "Client", "Generator", "Measured", "Round", "Turn", "now", "serve"]
+__all__ = [
+    "DRIVER_ENVIRON",
+    "MAX_ERRORS",
+    "Client",
+    "Generator",
+    "Measured",
+    "Round",
+    "Turn",
+    "drive",
+    "http",
+    "now",
+    "serve",
+]
 
 DRIVER_ENVIRON = {
     # What a Ray driver needs to find a head that `agentray up` started.
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-_MAX_ERRORS = 50
+MAX_ERRORS = 50
+"""Failed turns after which a round is given up."""
 _CONNECT_S = 120.0
 _LIMIT = 64 * 1024 * 1024
 
@@ -55,7 +68,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     """How long clients ask: ``turns`` are those of each client, ``seconds`` bound it too.
 
     With ``together``, that many ask at the same time: a client begins when the one before it has
-    had its turns.
+    had its turns. With ``rate``, so many turns a second begin on a schedule, whoever of the
+    clients is free; only ``open_load`` knows that.
     """
 
     kind: str
@@ -64,6 +78,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 600.0
     turns: int | None = None
     together: int | None = None
+    rate: float | None = None
     timeout_s: float = 30.0
 
     @property
@@ -91,9 +106,11 @@ Turn = Callable[[], Awaitable[float]]
 """Runs a turn to its end, checks it, and returns when its first text came, by ``now``."""
 
 Connect = Callable[[Round], AbstractAsyncContextManager[Sequence[Turn]]]
+Drive = Callable[[Sequence[Turn], Round], Awaitable[Measured]]
 
 
-async def _drive(turns: Sequence[Turn], spec: Round) -> Measured:
+async def drive(turns: Sequence[Turn], spec: Round) -> Measured:
+    """Let each client ask again as soon as it has its answer."""
     ms: list[float] = []
     first_ms: list[float] = []
     errors: list[str] = []
@@ -108,7 +125,7 @@ async def _drive(turns: Sequence[Turn], spec: Round) -> Measured:
     async def client(turn: Turn) -> None:
         nonlocal last
         left = spec.turns if spec.turns is not None else sys.maxsize
-        while left > 0 and (started := now()) < end and len(errors) < _MAX_ERRORS:
+        while left > 0 and (started := now()) < end and len(errors) < MAX_ERRORS:
             left -= 1
             try:
                 async with asyncio.timeout(spec.timeout_s):
@@ -131,7 +148,7 @@ async def _drive(turns: Sequence[Turn], spec: Round) -> Measured:
     return Measured(len(ms), span_s, len(ms) / span_s, ms, first_ms, cpu_s, errors)
 
 
-def serve(connect: Connect, run: Callable[[Any], Any]) -> None:
+def serve(connect: Connect, run: Callable[[Any], Any], driven: Drive = drive) -> None:
     """Serve rounds from standard input until it ends; ``run`` runs a coroutine."""
     decoder = msgspec.json.Decoder(Round)
 
@@ -141,7 +158,7 @@ def serve(connect: Connect, run: Callable[[Any], Any]) -> None:
             gc.collect()
             _answer(b"connected")
             sys.stdin.buffer.readline()
-            return await _drive(turns, spec)
+            return await driven(turns, spec)
 
     while line := sys.stdin.buffer.readline():
         try:
@@ -231,7 +248,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, spec: Round) -> None:
         self._check = checker(spec.kind)
-        self._marker = b'"content"' if spec.kind == "chat" else b'"text"'
+        self._marker = b'"content"' if spec.kind in ("chat", "completion") else b'"text"'
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = b""
@@ -331,7 +348,8 @@ def _request(client: Client, address: str) -> bytes:
 
 
 @asynccontextmanager
-async def _http(spec: Round) -> AsyncIterator[Sequence[Turn]]:
+async def http(spec: Round) -> AsyncIterator[Sequence[Turn]]:
+    """Connect a round's clients over plain HTTP."""
     host, _, port = spec.address.rpartition(":")
     address = (host, int(port))
     connections = [_Connection(spec) for _ in range(spec.lanes)]
@@ -354,7 +372,7 @@ def main() -> None:
     import uvloop
 
     with contextlib.suppress(KeyboardInterrupt):
-        serve(_http, uvloop.run)
+        serve(http, uvloop.run)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks.cpu import OTHERS, CpuMeter, CpuUse
 from benchmarks.load import Client, Generator, Measured, Round
 from benchmarks.report import Report, Series, median, percentiles
 
-__all__ = ["LOAD", "Cell", "Row", "Rows"]
+__all__ = ["LOAD", "Cell", "Row", "Rows", "tell_others"]
 
 LOAD = "load generator"
 
@@ -180,25 +180,29 @@ class Rows:
     def finish(self) -> None:
         """Put all that was measured into the report."""
         self._report.series += [cell.series() for cell in self._cells.values() if cell.rounds]
-        shares = [use.other_share for cell in self._cells.values() for _, use in cell.rounds]
-        named: Counter[str] = Counter()
-        seconds = 0.0
-        for cell in self._cells.values():
-            for _, use in cell.rounds:
-                named.update(use.others)
-                seconds += use.seconds
-        if shares:
-            self._report.other_cpu = {
-                "share_of_all_cores": {
-                    "median": round(median(shares), 4),
-                    "most": round(max(shares), 4),
-                },
-                "cores_by_process": {
-                    command: round(used / seconds, 3) for command, used in named.most_common(5)
-                },
-            }
-            if median(shares) > 0.05:
-                self._report.note(
-                    f"other processes took {median(shares):.0%} of the cores (median over the "
-                    f"rounds; at most {max(shares):.0%}): not a quiet machine"
-                )
+        tell_others(self._report, [use for cell in self._cells.values() for _, use in cell.rounds])
+
+
+def tell_others(report: Report, uses: Sequence[CpuUse]) -> None:
+    """Put into the report what processes took, over all rounds, that are not measured."""
+    if not uses:
+        return
+    shares = [use.other_share for use in uses]
+    named: Counter[str] = Counter()
+    for use in uses:
+        named.update(use.others)
+    seconds = sum(use.seconds for use in uses)
+    report.other_cpu = {
+        "share_of_all_cores": {
+            "median": round(median(shares), 4),
+            "most": round(max(shares), 4),
+        },
+        "cores_by_process": {
+            command: round(used / seconds, 3) for command, used in named.most_common(5)
+        },
+    }
+    if median(shares) > 0.05:
+        report.note(
+            f"other processes took {median(shares):.0%} of the cores (median over the "
+            f"rounds; at most {max(shares):.0%}): not a quiet machine"
+        )

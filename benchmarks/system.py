@@ -24,7 +24,7 @@ from agentray.storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from benchmarks.cpu import command_of, descendants
 from benchmarks.load import DRIVER_ENVIRON
 
-__all__ = ["AgentRay", "Stores", "free_port", "measure", "running", "workspace"]
+__all__ = ["AgentRay", "Stores", "free_port", "measure", "running", "tail", "workspace"]
 
 _START_S = 180.0
 _STOP_S = 90.0
@@ -117,6 +117,8 @@ class AgentRay:
             **os.environ,
             "AGENTRAY_POSTGRES__URL": stores.postgres.url,
             "AGENTRAY_REDIS__URL": stores.redis.url,
+            # A key of OpenAI's in the environment would lead the load there.
+            "AGENTRAY_MODELS__SIMULATOR__ENABLED": "true",
             "AGENTRAY_MODELS__SIMULATOR__TPS": "1000000",
             "AGENTRAY_LOG__LEVEL": "warning",
             **settings,
@@ -248,10 +250,10 @@ async def running(
                 # Ray says things of its own there.
                 while (line := await process.stdout.readline()).strip() != says:
                     if not line:
-                        raise RuntimeError(f"{command[:4]} ended: {_tail(log_file)}")
+                        raise RuntimeError(f"{command[:4]} ended: {tail(log_file)}")
             while port is not None and not _listens(port):
                 if process.returncode is not None:
-                    raise RuntimeError(f"{command[:4]} ended: {_tail(log_file)}")
+                    raise RuntimeError(f"{command[:4]} ended: {tail(log_file)}")
                 await asyncio.sleep(_POLL_S)
         yield process
     finally:
@@ -269,7 +271,8 @@ async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:
                 await process.wait()
 
 
-def _tail(log_file: Path | None) -> str:
+def tail(log_file: Path | None) -> str:
+    """Return the last words of a program's log."""
     return log_file.read_text(errors="replace").strip()[-800:] if log_file else "see above"
 
 

@@ -51,7 +51,7 @@ class SimulatorServer:
             assert time.monotonic() < deadline, "the simulator does not start"
             time.sleep(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
+        self.url = f"http://127.0.0.1:{port}/models"
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -61,14 +61,23 @@ class SimulatorServer:
 class Owners:
     """Makes owners, and ends those that are left."""
 
-    def __init__(self, services: Services, simulator: SimulatorServer, **sessions: Any) -> None:
+    def __init__(
+        self,
+        services: Services,
+        simulator: SimulatorServer,
+        *,
+        models: dict[str, Any] | None = None,
+        agent: dict[str, Any] | None = None,
+        **sessions: Any,
+    ) -> None:
         fields = {"beat_s": 0.15, "term_s": 1.0, "sweep_s": 0.1, "window_turns": 3, "drain_s": 5.0}
         self.settings = Settings.model_validate(
             {
                 "postgres": PostgresSettings.model_validate({"url": services.postgres.url}),
                 "redis": RedisSettings.model_validate({"url": services.redis.url}),
                 "sessions": SessionsSettings.model_validate({**fields, **sessions}),
-                "agents": {"assistant": AgentSettings(instructions="")},
+                "models": models or {},
+                "agents": {"assistant": AgentSettings(**{"instructions": "", **(agent or {})})},
             }
         )
         self._services = services
@@ -78,7 +87,7 @@ class Owners:
     async def start(self) -> OwnerProcess:
         owner = OwnerProcess(
             self.settings,
-            simulator_url=self._simulator.url,
+            models_url=self._simulator.url,
             placement="shared",
             address=f"owner {len(self._owners)}",
             launch_dedicated=_launch_nothing,
@@ -109,7 +118,9 @@ class Owners:
         await owner.following.close()
         await owner.store.close()
         await owner.redis.close()
-        await owner.models.close()
+        await parts._cache.close()
+        await parts._answers.close()
+        await parts._client.close()
 
     def journal(self, session_id: str) -> Journal:
         """Return what PostgreSQL has of a session."""

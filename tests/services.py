@@ -85,7 +85,9 @@ class Services:
             if server.pid is None:
                 self.run(server.start())
         with psycopg.connect(self.postgres.url, autocommit=True) as connection:
-            connection.execute("TRUNCATE hosts, sessions, turns, events")
+            connection.execute(
+                "TRUNCATE hosts, sessions, turns, events, files, file_pieces, batches, batch_lines"
+            )
         self.run(self._flush_redis())
 
     async def _flush_redis(self) -> None:

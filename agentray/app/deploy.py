@@ -20,11 +20,12 @@ from importlib import import_module
 from typing import Any, cast
 
 from agentray.app.address import door
-from agentray.app.jobs import FAILED, RUNNING
+from agentray.app.jobs import FAILED, RUNNING, say
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
+from agentray.models.serving import app_name
 
-__all__ = ["main"]
+__all__ = ["HOSTS_APP", "connect", "main", "report_failure"]
 
 HOSTS_APP = "hosts"
 _POLL_S = 0.1
@@ -42,25 +43,31 @@ def main() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     job = json.load(sys.stdin)
     try:
-        _connect(job["address"])
+        connect(job["address"])
         if job["do"] == "deploy":
             settings = Settings.model_validate(job["settings"])
             if not job["alone"]:
                 _check_cluster(job["address"])
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
-            _stop(job["drain_s"], alone=job["alone"])
+            _stop(job["drain_s"], job["models"], alone=job["alone"])
     except Exception as error:
         logging.getLogger("agentray").exception("job_failed")
-        # Ray wraps what a task raised, and shows the traceback first.
-        error = getattr(error, "cause", None) or error
-        reason = str(error).strip().splitlines()
-        kind = "" if isinstance(error, AgentRayError) else f"{type(error).__name__}: "
-        _say(FAILED, f"{kind}{reason[0] if reason else 'no reason given'}")
+        report_failure(error)
         sys.exit(1)
 
 
-def _connect(address: str) -> None:
+def report_failure(error: Exception) -> None:
+    """Say in one line why the job failed."""
+    # Ray wraps what a task raised, and shows the traceback first.
+    error = getattr(error, "cause", None) or error
+    reason = str(error).strip().splitlines()
+    kind = "" if isinstance(error, AgentRayError) else f"{type(error).__name__}: "
+    say(FAILED, f"{kind}{reason[0] if reason else 'no reason given'}")
+
+
+def connect(address: str) -> None:
+    """Become a driver of the cluster."""
     import ray
 
     cast(Any, ray).init(
@@ -111,7 +118,7 @@ def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
         for name in waiting & _running(serve.status(), waiting):
             if name != HOSTS_APP or _answers(settings):
                 waiting.remove(name)
-                _say(RUNNING, name)
+                say(RUNNING, name)
         time.sleep(_POLL_S)
 
 
@@ -137,10 +144,10 @@ def _answers(settings: Settings) -> bool:
         connection.close()
 
 
-def _stop(drain_s: float, *, alone: bool) -> None:
+def _stop(drain_s: float, models: list[str], *, alone: bool) -> None:
     """Take the session hosts and the dedicated sessions off and return when they have drained.
 
-    The simulator stays until then: running turns need it. Where Ray ends next, it ends with it.
+    The models stay until then: running turns need them. Where Ray ends next, they end with it.
     """
     from agentray.sessions.dedicated import end_all
 
@@ -151,7 +158,8 @@ def _stop(drain_s: float, *, alone: bool) -> None:
     # A host that had not begun to drain may have started one anew.
     end_all(timeout_s=_END_MARGIN_S)
     if not alone:
-        _delete(SIMULATOR)
+        for app in (SIMULATOR, *map(app_name, models)):
+            _delete(app)
 
 
 def _delete(app: str) -> None:
@@ -162,11 +170,6 @@ def _delete(app: str) -> None:
         with contextlib.suppress(TimeoutError):
             serve.delete(app)
             deleted = True
-
-
-def _say(kind: str, text: str) -> None:
-    sys.stdout.write(f"{kind} {text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from typing import Any, cast
 from agentray.app.hooks import ALONE
 from agentray.app.layout import Layout
 from agentray.app.processes import MARKER
-from agentray.config.settings import Settings
+from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import ConfigError
 from agentray.http import haproxy as haproxy_wrapper
+from agentray.models.serving import route_prefix
 
 __all__ = [
     "DRAIN_MARGIN_S",
@@ -39,6 +40,7 @@ __all__ = [
 DRAIN_MARGIN_S = 3.0
 """Time for HAProxy's reload to take a stopping replica's traffic away from it."""
 
+_ROUTED_BODY_BYTES = 256 * 1024
 _SLOT = 200
 _SINGLE = 6
 _FIRST_PORT = 20_000
@@ -144,9 +146,14 @@ def ray_environment(
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop - 1),
         # A stopping replica stays reachable this long, then closes its listener and drains.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_MARGIN_S),
+        # HAProxy reaches the replicas of models without a process of Serve's in between.
+        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+        **_request_routing(settings),
+        "VLLM_NO_USAGE_STATS": "1",
         # HAProxy.
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(layout.haproxy_shim),
         "AGENTRAY_INTERNAL_HAPROXY": haproxy,
+        haproxy_wrapper.MODELS_VARIABLE: _models(settings),
         "AGENTRAY_INTERNAL_BIND": settings.http.host,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(layout.runtime_dir / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(layout.runtime_dir / "a.sock"),
@@ -176,6 +183,29 @@ def ray_environment(
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "250ms",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "2",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
+    }
+
+
+def _models(settings: Settings) -> str:
+    """Return the routes of the models served here, each with what the wrapper has to know."""
+    found = [route_prefix(SIMULATOR)] if settings.models.simulated() else []
+    for name, served in settings.models.serve.items():
+        traits = {
+            haproxy_wrapper.ROUTED: served.affinity != "session",
+            haproxy_wrapper.ON_DEMAND: served.min_replicas == 0,
+        }
+        found.append(":".join([route_prefix(name), *(t for t, has in traits.items() if has)]))
+    return " ".join(found)
+
+
+def _request_routing(settings: Settings) -> dict[str, str]:
+    """Return what Ray's routers need to see prompts: a session's id alone needs none of it."""
+    if all(served.affinity == "session" for served in settings.models.serve.values()):
+        return {}
+    return {
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+        # Prompts that are longer go to any replica; two buffers of this size to a connection.
+        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTED_BODY_BYTES),
     }
 
 

@@ -8,29 +8,42 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from agentray.app.address import url
+from agentray.app.batches import build_runner
 from agentray.config.settings import Settings
 from agentray.http import ingress
 from agentray.http.app import build_http_app
-from agentray.models.simulator import SIMULATOR_PREFIX
+from agentray.http.door import Admission
+from agentray.models.catalog import MODELS_PREFIX
 from agentray.sessions.host import DEPLOYMENT, SessionHost
 from agentray.sessions.process import OwnerProcess
 from agentray.sessions.routing import OwnerRouter, tell_redis_url
+from agentray.storage.postgres_batches import PostgresBatches
 
 __all__ = ["build_hosts_app"]
 
 
 def _open_door(process: OwnerProcess) -> None:
-    ingress.mount(
-        build_http_app(
-            sessions=process.sessions,
-            models=process.models,
-            catalog=process.catalog,
-            settings=process.settings,
-            metrics=process.metrics_page,
-            open_streams=process.metrics.streams,
-            draining=process.stopping,
-        )
+    settings = process.settings
+    assert settings.postgres.url is not None
+    batches = PostgresBatches(settings.postgres.url.get_secret_value(), settings.postgres)
+    # A call without a session costs a host about what a turn does.
+    completions = Admission("calls of models", settings.sessions.max_running_turns)
+    app = build_http_app(
+        sessions=process.sessions,
+        models=process.completions,
+        embeddings=process.embeddings,
+        files=batches,
+        batches=batches,
+        catalog=process.catalog,
+        settings=settings,
+        metrics=process.metrics_page,
+        completions=completions,
+        open_streams=process.metrics.streams,
+        draining=process.stopping,
     )
+    ingress.mount(app)
+    runner = build_runner(process, app, batches, completions)
+    process.attach(runner.run(), runner.close, batches.close)
 
 
 def build_hosts_app(settings: Settings) -> Any:
@@ -38,9 +51,7 @@ def build_hosts_app(settings: Settings) -> Any:
     this process is connected to."""
     assert settings.redis.url is not None
     tell_redis_url(settings.redis.url.get_secret_value())
-    simulator_url = (
-        f"{url(settings.http)}{SIMULATOR_PREFIX}/v1" if settings.models.simulated() else None
-    )
+    models_url = f"{url(settings.http)}{MODELS_PREFIX}"
     deploy = cast(Any, serve).deployment(
         name=DEPLOYMENT,
         num_replicas=settings.host_count(),
@@ -54,6 +65,4 @@ def build_hosts_app(settings: Settings) -> Any:
             request_router_kwargs={"timeout_s": settings.redis.timeout_s},
         ),
     )
-    return deploy(SessionHost).bind(
-        settings, simulator_url, _open_door, ingress.replica_is_draining
-    )
+    return deploy(SessionHost).bind(settings, models_url, _open_door, ingress.replica_is_draining)

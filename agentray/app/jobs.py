@@ -14,28 +14,40 @@ from pydantic import BaseModel, SecretStr
 
 from agentray.errors import NotReadyError
 
-__all__ = ["FAILED", "RUNNING", "Job", "dump_settings"]
+__all__ = ["BROKEN", "FAILED", "RUNNING", "Job", "Progress", "dump_settings", "say"]
 
 RUNNING = "running"
+BROKEN = "broken"
 FAILED = "failed"
-"""First words of the lines that a job writes."""
+"""First words of the lines that a job writes: of an application, of another, of the job."""
+
+Progress = Callable[[str, str], None]
+"""Is called with the name of each application when it runs, or cannot, and then why."""
+
+
+def say(kind: str, text: str) -> None:
+    """Write a line about a job, in the job's process."""
+    sys.stdout.write(f"{kind} {text}\n")
+    sys.stdout.flush()
 
 
 class Job:
-    """A process of ``agentray.app.deploy`` that imports Ray and then waits for what to do."""
+    """A process that imports Ray and then waits for what to do."""
 
     def __init__(self, process: asyncio.subprocess.Process, log_file: Path) -> None:
         self._process = process
         self._log_file = log_file
 
     @classmethod
-    async def prepare(cls, environ: Mapping[str, str], log_file: Path) -> Job:
-        """Start the process; the cluster need not be there yet."""
+    async def prepare(
+        cls, environ: Mapping[str, str], log_file: Path, *, module: str = "agentray.app.deploy"
+    ) -> Job:
+        """Start the process, which runs ``module``; the cluster need not be there yet."""
         with log_file.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "agentray.app.deploy",
+                module,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -48,13 +60,10 @@ class Job:
         self,
         task: Mapping[str, Any],
         *,
-        timeout_s: float,
-        progress: Callable[[str], None] = lambda _: None,
+        timeout_s: float | None,
+        progress: Progress = lambda name, trouble: None,
     ) -> None:
-        """Have it do something, once.
-
-        Args:
-            progress: is called with the name of each application when it runs.
+        """Have it do something, once. Without ``timeout_s`` it may take as long as it takes.
 
         Raises:
             NotReadyError: if it failed or took too long; the message says why.
@@ -77,9 +86,7 @@ class Job:
                 self._process.kill()
             await self._process.wait()
 
-    async def _done(
-        self, task: Mapping[str, Any], progress: Callable[[str], None]
-    ) -> tuple[int, str]:
+    async def _done(self, task: Mapping[str, Any], progress: Progress) -> tuple[int, str]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -91,7 +98,10 @@ class Job:
         while line := (await stdout.readline()).decode(errors="replace").strip():
             kind, _, text = line.partition(" ")
             if kind == RUNNING:
-                progress(text)
+                progress(text, "")
+            elif kind == BROKEN:
+                name, _, trouble = text.partition(" ")
+                progress(name, trouble)
             elif kind == FAILED:
                 reason = text
         return await self._process.wait(), reason

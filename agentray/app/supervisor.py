@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +29,10 @@ from agentray.app.environment import (
     ray_environment,
     write_shim,
 )
-from agentray.app.jobs import Job, dump_settings
+from agentray.app.jobs import Job, Progress, dump_settings
 from agentray.app.keeper import keep
 from agentray.app.layout import Layout
+from agentray.app.loading import ModelLoading
 from agentray.app.lock import exclusive
 from agentray.app.processes import end_processes, owned_processes
 from agentray.app.ray_head import RayHead
@@ -55,7 +56,8 @@ _CURL_BODY = """-H 'content-type: application/json' -d '{"input": "hello"}'"""
 class Supervisor:
     """One system: its stores, Ray, Serve and the applications on it.
 
-    ``hosts_app`` is the import path of what builds the application of the session hosts.
+    ``why`` says why its models are these. ``hosts_app`` is the import path of what builds the
+    application of the session hosts.
     """
 
     def __init__(
@@ -63,14 +65,19 @@ class Supervisor:
         settings: Settings,
         *,
         report: Report,
+        why: str = "as configured",
         hosts_app: str = "agentray.app.hosts:build_hosts_app",
     ) -> None:
         self._report = report
+        self._why = why
         self._hosts_app = hosts_app
         self._layout = Layout.of(settings.data_dir)
         self._environ: Mapping[str, str] = base_environment(self._layout)
         self._stores = Stores(settings, self._layout, self._environ)
         self._settings = self._resolved(settings)
+        self._loading = ModelLoading(
+            self._settings, report=report, log_file=self._layout.logs_dir / "models.log"
+        )
         cluster = settings.ray.address
         self._head = RayHead(self._settings, self._layout) if cluster is None else None
         self._ray_address = cluster or ""
@@ -158,19 +165,21 @@ class Supervisor:
             group.create_task(self._start_ray())
         models = self._report.begin("models")
         hosts = self._report.begin("session hosts")
-        endpoints = list(self._settings.models.endpoints)
+        served = [f"{name} (loading)" for name in self._settings.models.serve]
+        others = [*self._settings.models.endpoints, *served]
         if not self._settings.models.simulated():
-            models(", ".join(endpoints))
+            models(", ".join(others))
 
-        def running(name: str) -> None:
+        def running(name: str, trouble: str) -> None:
             if name == SIMULATOR:
-                models(", ".join([*endpoints, SIMULATOR]))
+                models(", ".join([*others, SIMULATOR]))
             elif name == HOSTS_APP:
                 hosts(str(self._settings.host_count()))
 
         await self._deploy(running)
         self._note(ready=True)
         self._say_ready()
+        self._loading.begin(self._ray_address, self._environ)
 
     async def _start_postgres(self) -> None:
         done = self._report.begin("PostgreSQL")
@@ -208,15 +217,17 @@ class Supervisor:
         assert self._head is not None
         self._deployed = False
         self._note(ready=False)
+        await self._loading.end()
         if self._deployer is not None:
             await self._deployer.close()
         await self._head.stop()
         await self._stores.forget_hosts()
         await self._start_head(self._head)
-        await self._deploy(lambda _: None)
+        await self._deploy(lambda name, trouble: None)
         self._note(ready=True)
+        self._loading.begin(self._ray_address, self._environ)
 
-    async def _deploy(self, running: Callable[[str], None]) -> None:
+    async def _deploy(self, running: Progress) -> None:
         assert self._deployer is not None
         task = {
             "do": "deploy",
@@ -251,6 +262,7 @@ class Supervisor:
 
     async def _shut_down(self) -> None:
         self._report.quiet()
+        await self._loading.end()
         if self._deployed and not self._hurry.is_set():
             self._report.info("stopping: running turns are finished or handed over; again: at once")
             await self._drain()
@@ -273,6 +285,7 @@ class Supervisor:
             "do": "stop",
             "address": self._ray_address,
             "drain_s": drain_s,
+            "models": list(self._settings.models.serve),
             "alone": self._head is not None,
         }
         job = asyncio.create_task(stopper.run(task, timeout_s=timeout_s))
@@ -360,7 +373,8 @@ class Supervisor:
         self._report.ready(
             here,
             [
-                f"model   {default}; another one: {agentray_here} up --model NAME=URL",
+                f"model   {default}: {self._why}",
+                f"others  {agentray_here} up --model NAME=URL, or --model SOURCE to serve one",
                 f"talk    {agentray_here} chat{elsewhere}",
                 f"curl    curl {here}/v1/responses {_CURL_BODY}",
                 f'openai  OpenAI(base_url="{here}/v1", api_key="none")',

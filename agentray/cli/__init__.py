@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import agentray
-from agentray.cli import chat, config, env, sessions, status, up
+from agentray.cli import chat, config, env, routing, sessions, status, up
 from agentray.errors import AgentRayError
 
 __all__ = ["app", "main"]
@@ -29,6 +29,7 @@ app.command()(up.up)
 app.command()(env.env)
 app.command()(chat.chat)
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(routing.app, name="routing")
 app.command()(status.status)
 
 

@@ -39,6 +39,12 @@ def status(
         if host is not None:
             counts = ", ".join(f"{host[key]} {key}" for key in _COUNTS if key in host)
             troubles = [text for key, bad, text in _TROUBLES if host.get(key) is bad]
+            models = cast("dict[str, dict[str, Any]]", host.get("models") or {})
+            troubles += [
+                f"model {name}: {health.get('reason') or 'it cannot be called'}"
+                for name, health in models.items()
+                if not health.get("healthy")
+            ]
             shown = "; ".join([counts, *troubles])
             typer.echo(f"  the host that answered, {host.get('owner_id', '?')}: {shown}")
         if state is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from agentray.config import load_settings
-from agentray.errors import ConfigError
 
 __all__ = ["up"]
 
@@ -27,15 +27,18 @@ def up(
         list[str] | None,
         typer.Option(
             "--model",
-            metavar="NAME=URL",
-            help="A model at an OpenAI-compatible endpoint; may be given more than once.",
+            metavar="NAME=URL|SOURCE",
+            help="A model at an OpenAI-compatible endpoint, or the Hugging Face id or folder of "
+            "one that vLLM is to serve; may be given more than once.",
         ),
     ] = None,
 ) -> None:
     """Start PostgreSQL, Redis, Ray and the session hosts; Ctrl-C ends them in order.
 
-    What is configured at a URL is used instead of being started.
+    What is configured at a URL is used instead of being started. Without any model configured,
+    OPENAI_API_KEY leads to OpenAI's; without that, the built-in simulator answers.
     """
+    from agentray.app.choice import asked_models, choose
     from agentray.app.report import Report
     from agentray.app.supervisor import Supervisor
 
@@ -45,17 +48,17 @@ def up(
     if data_dir is not None:
         flags["data_dir"] = data_dir
     if model:
-        flags["models"] = {"endpoints": dict(_endpoint(text) for text in model)}
+        flags["models"] = asked_models(model, vllm=find_spec("vllm") is not None, gpu=_has_gpu())
     settings = load_settings(config, os.environ, flags=flags)
+    choice = choose(settings, os.environ)
+    settings = settings.model_copy(update={"models": choice.models})
 
     async def run() -> int:
-        return await Supervisor(settings, report=Report()).run()
+        return await Supervisor(settings, report=Report(), why=choice.why).run()
 
     raise typer.Exit(asyncio.run(run()))
 
 
-def _endpoint(text: str) -> tuple[str, dict[str, str]]:
-    name, found, url = text.partition("=")
-    if not (name and found and url):
-        raise ConfigError(f"--model {text}: expected NAME=URL, e.g. tiny=http://127.0.0.1:8001/v1")
-    return name, {"url": url}
+def _has_gpu() -> bool:
+    """Return whether the driver of NVIDIA's or AMD's GPUs is there."""
+    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd"))

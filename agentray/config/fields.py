@@ -37,7 +37,14 @@ class Setting:
     @property
     def entries(self) -> Setting | None:
         """What each entry takes, where the key holds entries under names of the user's choice."""
-        return _annotated(get_args(self.kind)[1]) if get_origin(self.kind) is dict else None
+        if get_origin(self.kind) is not dict or self.free:
+            return None
+        return _annotated(get_args(self.kind)[1])
+
+    @property
+    def free(self) -> bool:
+        """Whether anything may stand here: what is below it is another program's to judge."""
+        return self.kind is Any or (get_origin(self.kind) is dict and get_args(self.kind)[1] is Any)
 
     @property
     def secret(self) -> bool:
@@ -56,6 +63,8 @@ class Setting:
             return None if field is None else setting_of(field)
         if self.entries is not None:
             return self.entries
+        if self.free:
+            return Setting(Any)
         if get_origin(self.kind) is tuple:
             return _annotated(get_args(self.kind)[0])
         return None
@@ -67,6 +76,8 @@ class Setting:
     def _words(self) -> str:
         if self.section is not None:
             return "a section with " + ", ".join(self.section.model_fields)
+        if self.free:
+            return "anything" if self.kind is Any else "a section"
         if self.entries is not None:
             return "a section of named entries"
         if get_origin(self.kind) is tuple:

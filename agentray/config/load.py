@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -19,6 +20,7 @@ from agentray.errors import ConfigError
 __all__ = ["load_settings"]
 
 _DEEPEST = 20
+_ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def load_settings(
@@ -209,15 +211,33 @@ def _bad_models(settings: Settings) -> Iterator[tuple[Path, str]]:
     models = settings.models
     names = models.names()
     if not names:
-        yield ("models",), "found no model; expected models.endpoints or the simulator"
+        yield (
+            ("models",),
+            "found no model; expected models.endpoints, models.serve or the simulator",
+        )
     if models.simulated() and SIMULATOR in models.endpoints:
         yield (
             ("models", "endpoints", SIMULATOR),
             "the built-in simulator has this name; expected another one",
         )
+    for name, served in models.serve.items():
+        where: Path = ("models", "serve", name)
+        if name in models.endpoints or (name == SIMULATOR and models.simulated()):
+            yield where, "another model has this name; expected another one"
+        if not _ROUTE_NAME.fullmatch(name):
+            yield where, "is a part of an address; expected letters, digits, dots, _ and - alone"
+        if served.min_replicas > served.max_replicas:
+            found = f"found {served.max_replicas}"
+            yield (*where, "max_replicas"), f"{found}; expected at least {served.min_replicas}"
     asked: list[tuple[Path, str | None]] = [(("models", "default"), models.default)]
-    asked += [(("agents", name, "model"), agent.model) for name, agent in settings.agents.items()]
+    for name, agent in settings.agents.items():
+        path = ("agents", name, "model")
+        asked.append((path, agent.model))
+        asked += [(("agents", name, "models"), allowed) for allowed in agent.models]
+        if agent.model is not None and agent.models and agent.model not in agent.models:
+            yield path, f"found {agent.model!r}; expected one of its models"
+    answering = [name for name in names if models.card(name).kind == "chat"]
     for path, model in asked:
-        if model is not None and model not in names:
-            known = f"expected one of {', '.join(names)}"
+        if model is not None and model not in answering:
+            known = f"expected one of {', '.join(answering)}"
             yield path, f"found the unknown model {model!r}; {known}"

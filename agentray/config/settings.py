@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 __all__ = [
     "SIMULATOR",
     "AgentSettings",
+    "BatchSettings",
+    "BreakerSettings",
+    "CacheSettings",
+    "CardSettings",
     "EndpointSettings",
     "HttpSettings",
     "LogSettings",
     "ModelsSettings",
     "PostgresSettings",
+    "PriceSettings",
     "RaySettings",
     "RedisSettings",
+    "RoutingSettings",
+    "ServedModelSettings",
     "SessionsSettings",
     "Settings",
     "SimulatorSettings",
@@ -127,6 +134,45 @@ class SessionsSettings(_Section):
     )
 
 
+class PriceSettings(_Section):
+    """What a model costs, in US dollars; all that is set is added up."""
+
+    input: float = Field(default=0.0, ge=0, description="A million input tokens.")
+    cached_input: float | None = Field(
+        default=None,
+        ge=0,
+        description="A million input tokens from the model's cache; as `input` if none.",
+    )
+    output: float = Field(default=0.0, ge=0, description="A million output tokens.")
+    gpu_second: float = Field(
+        default=0.0, ge=0, description="A second of a call, for models on GPUs of one's own."
+    )
+
+
+class CardSettings(_Section):
+    """What the router has to know of a model."""
+
+    kind: Literal["chat", "embedding"] = Field(default="chat", description="What it answers with.")
+    tier: Literal["small", "large"] = Field(
+        default="large", description="Small for easy steps, large for the others."
+    )
+    context_window: Count | None = Field(
+        default=None, description="Tokens of prompt and answer together; no bound is known if none."
+    )
+    modalities: tuple[Literal["text", "image"], ...] = Field(
+        default=("text", "image"), description="What it takes: text, image."
+    )
+    tools: bool = Field(default=True, description="It can ask for tools.")
+    output_schema: bool = Field(
+        default=True, description="It takes response_format: answers that follow a JSON schema."
+    )
+    region: str | None = Field(default=None, description="Where it runs.")
+    max_concurrent: Count | None = Field(
+        default=None, description="Calls of one host at once, past which others are preferred."
+    )
+    price: PriceSettings = PriceSettings()
+
+
 class EndpointSettings(_Section):
     """A model behind an OpenAI-compatible endpoint."""
 
@@ -141,6 +187,50 @@ class EndpointSettings(_Section):
         default=False,
         description="The endpoint continues a last assistant message (continue_final_message).",
     )
+    card: CardSettings = CardSettings()
+
+
+class ServedModelSettings(_Section):
+    """A model that agentray serves itself: vLLM in a Ray Serve application of its own."""
+
+    source: str = Field(
+        min_length=1, description="Hugging Face id, bucket address or folder of the model."
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="Options of vLLM's engine, by their names there."
+    )
+    accelerator: str | None = Field(
+        default=None, description="Ray's name of the accelerator, e.g. L4 or H100; or cpu."
+    )
+    tensor_parallel: Count = Field(
+        default=1, description="Accelerators that one replica is split over."
+    )
+    min_replicas: int = Field(default=1, ge=0, description="Least replicas; 0 starts on demand.")
+    max_replicas: Count = Field(default=1, description="Most replicas.")
+    target_ongoing_requests: Count = Field(
+        default=32, description="Requests of one replica at once, past which another is started."
+    )
+    max_ongoing_requests: Count = Field(
+        default=256, description="Requests of one replica at once; more wait in front of it."
+    )
+    upscale_delay_s: float = Field(
+        default=10.0, ge=0, description="Time of high load after which a replica is added."
+    )
+    downscale_delay_s: float = Field(
+        default=300.0, ge=0, description="Time of low load after which a replica is removed."
+    )
+    affinity: Literal["session", "prefix", "kv"] = Field(
+        default="session",
+        description="Which replica gets a call: session, the one of its session, else the least "
+        "busy; prefix or kv, the one that Ray's router of this kind picks by the prompt.",
+    )
+    continues_text: bool = Field(
+        default=True, description="It continues a last assistant message; vLLM does."
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of Ray's LLMConfig, by their names there."
+    )
+    card: CardSettings = CardSettings()
 
 
 class SimulatorSettings(_Section):
@@ -164,43 +254,144 @@ class SimulatorSettings(_Section):
     )
 
 
+class RoutingSettings(_Section):
+    """How the model of a step is picked."""
+
+    difficulty: float = Field(
+        default=0.5, ge=0, le=1, description="Steps at least this difficult go to the large tier."
+    )
+    holdout: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of the small tier's calls that the large one gets, to compare them.",
+    )
+    escalate: bool = Field(
+        default=True,
+        description="A step whose answer fails its checks goes to the next tier, once.",
+    )
+    region: str | None = Field(default=None, description="Models of this region are preferred.")
+    step_cost_cap: float | None = Field(
+        default=None, gt=0, description="Most US dollars that one step may cost, all its calls."
+    )
+    hedge_after_s: Seconds | None = Field(
+        default=None,
+        description="Wait for a first token, after which another model is called as well.",
+    )
+
+
+class BreakerSettings(_Section):
+    """When a model is left alone for a while."""
+
+    failure_share: float = Field(
+        default=0.5, gt=0, le=1, description="Share of failed calls that opens it."
+    )
+    min_calls: Count = Field(default=5, description="Calls below which it stays closed.")
+    window_s: Seconds = Field(default=30.0, description="Time that the share is taken over.")
+    open_s: Seconds = Field(default=5.0, description="Time after which one call may try again.")
+
+
+class CacheSettings(_Section):
+    """The exact cache of answers, in Redis."""
+
+    enabled: bool = Field(
+        default=True, description="Answer equal calls at temperature 0 from the cache."
+    )
+    tools: bool = Field(default=False, description="Also calls that offer tools.")
+    ttl_s: Seconds = Field(default=3_600.0, description="Age after which an answer is forgotten.")
+    max_entry_bytes: Count = Field(
+        default=256 * 1024, description="Largest answer that is kept, in bytes."
+    )
+    max_bytes: Count = Field(
+        default=64 * 1024 * 1024, description="All answers together; the oldest go first."
+    )
+
+
 class ModelsSettings(_Section):
     """The models that agents may use."""
 
     default: str | None = Field(
-        default=None, description="Model of agents that name none; else the first."
+        default=None, description="Model of agents that name none; the router's choice if none."
     )
     endpoints: dict[str, EndpointSettings] = Field(
         default_factory=dict, description="Endpoints by the model's name."
     )
+    serve: dict[str, ServedModelSettings] = Field(
+        default_factory=dict, description="Models to be served here, by name."
+    )
     simulator: SimulatorSettings = SimulatorSettings()
+    routing: RoutingSettings = RoutingSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    cache: CacheSettings = CacheSettings()
     connect_timeout_s: Seconds = Field(default=5.0, description="Longest wait for a connection.")
     first_token_timeout_s: Seconds = Field(
         default=60.0, description="Longest wait for the first token."
     )
     stall_timeout_s: Seconds = Field(default=30.0, description="Longest pause within an answer.")
-    step_timeout_s: Seconds = Field(default=300.0, description="Longest time of one model step.")
+    step_timeout_s: Seconds = Field(
+        default=300.0, description="Longest time of one model step, all its calls together."
+    )
     attempts: Count = Field(default=3, description="Calls that one step may make.")
 
     def simulated(self) -> bool:
-        """Return whether the simulator runs: as configured, else if there is no endpoint."""
+        """Return whether the simulator runs: as configured, else if there is no other model."""
         enabled = self.simulator.enabled
-        return not self.endpoints if enabled is None else enabled
+        return not (self.endpoints or self.serve) if enabled is None else enabled
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all models, the endpoints first."""
-        return (*self.endpoints, SIMULATOR) if self.simulated() else tuple(self.endpoints)
+        """Return the names of all models, in the order of preference: endpoints, served ones,
+        the simulator."""
+        named = dict.fromkeys((*self.endpoints, *self.serve))
+        return (*named, SIMULATOR) if self.simulated() else tuple(named)
+
+    def card(self, name: str) -> CardSettings:
+        """Return the card of a model; of the simulator, that its profile tells."""
+        found = self.endpoints.get(name) or self.serve.get(name)
+        if found is not None:
+            return found.card
+        return CardSettings(context_window=self.simulator.context_window)
 
 
 class AgentSettings(_Section):
     """One agent: its instructions, its model and its tools."""
 
     instructions: str = Field(default="You are a helpful assistant.", description="System message.")
-    model: str | None = Field(default=None, description="Model; the default one when not given.")
+    model: str | None = Field(
+        default=None, description="Its first choice; `models.default`, else the router's, if none."
+    )
+    models: tuple[str, ...] = Field(
+        default=(), description="The only models it may use, the preferred ones first; all if none."
+    )
+    output_schema: dict[str, Any] | None = Field(
+        default=None, description="JSON schema that each answer has to follow."
+    )
+    cache: bool | None = Field(
+        default=None, description="Answer equal calls from the cache; at temperature 0 if not said."
+    )
     tools: tuple[str, ...] = Field(default=("echo",), description="Names of its tools.")
     max_steps: Count = Field(default=16, description="Model calls that one turn may make.")
     max_output_tokens: Count | None = Field(default=None, description="Tokens of one answer.")
     temperature: float | None = Field(default=None, ge=0, le=2, description="Sampling temperature.")
+
+
+class BatchSettings(_Section):
+    """Offline requests, run in capacity that nobody else wants."""
+
+    concurrency: Count = Field(default=4, description="Requests of batches that one host runs.")
+    idle_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of a host's turns or completions above which batches wait.",
+    )
+    max_file_bytes: Count = Field(
+        default=100 * 1024 * 1024, description="Largest file that may be uploaded, in bytes."
+    )
+    max_requests: Count = Field(default=50_000, description="Requests of one batch.")
+    sweep_s: Seconds = Field(default=1.0, description="Pause between two looks for work.")
+    lease_s: Seconds = Field(
+        default=30.0, description="Time after which requests of a host that died are run again."
+    )
 
 
 class LogSettings(_Section):
@@ -230,6 +421,7 @@ class Settings(_Section):
         default_factory=lambda: {"assistant": AgentSettings()},
         description="Agents by name; the first one is the default.",
     )
+    batch: BatchSettings = BatchSettings()
     log: LogSettings = LogSettings()
 
     def host_count(self) -> int:

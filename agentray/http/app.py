@@ -15,13 +15,22 @@ from agentray.config.settings import Settings
 from agentray.errors import AgentRayError
 from agentray.http import errors
 from agentray.http.answers import Answers
-from agentray.http.door import Admission, ChatModels, Door, Metrics, ModelNames
+from agentray.http.door import (
+    Admission,
+    ChatModels,
+    Door,
+    EmbeddingModels,
+    Healths,
+    Metrics,
+    ModelNames,
+)
 from agentray.http.exchange import ClientGoneError, Exchange
 from agentray.http.openapi import describe
 from agentray.http.routes import REFUSALS, ROUTES
 from agentray.http.routing import Router
 from agentray.http.sse import Watchdog
 from agentray.sessions.base import Sessions
+from agentray.storage.batches import BatchBook, FileStore
 from agentray.telemetry.logging import get_logger
 
 __all__ = ["build_http_app"]
@@ -39,18 +48,24 @@ def build_http_app(
     *,
     sessions: Sessions,
     models: ChatModels,
+    embeddings: EmbeddingModels,
+    files: FileStore,
+    batches: BatchBook,
     catalog: ModelNames,
     settings: Settings,
     metrics: Metrics,
+    model_health: Healths = dict,
+    completions: Admission | None = None,
     open_streams: Gauge | None = None,
     draining: asyncio.Event | None = None,
     clock: Clock | None = None,
 ) -> ASGIApp:
     """Return the application that serves all routes for this process's sessions.
 
-    ``metrics`` returns what ``/metrics`` answers, or awaits it; ``open_streams`` is to show how
-    many streams there are. When ``draining`` is set, tails
-    of sessions end with a cursor; streams of turns go on to their end.
+    ``metrics`` returns what ``/metrics`` answers, or awaits it; ``model_health`` returns how each
+    model is; ``completions`` bounds the calls of models without a session; ``open_streams`` is to
+    show how many streams there are. When ``draining`` is set, tails of sessions end with a cursor;
+    streams of turns go on to their end.
     """
     draining = draining or asyncio.Event()
     clock = clock or SystemClock()
@@ -60,15 +75,21 @@ def build_http_app(
     door = Door(
         sessions=sessions,
         models=models,
+        embeddings=embeddings,
+        files=files,
+        batches=batches,
         catalog=catalog,
         agents=settings.agents,
         settings=settings.http,
+        batch=settings.batch,
         watchdog=watchdog,
         answers=Answers(clock),
         # A completion costs a host about what a turn does: a call of a model that goes through it.
-        completions=Admission("chat completions", settings.sessions.max_running_turns),
+        completions=completions
+        or Admission("calls of models", settings.sessions.max_running_turns),
         draining=draining,
         metrics=metrics,
+        model_health=model_health,
         clock=clock,
         openapi=msgspec.json.encode(describe(ROUTES)),
     )

@@ -15,7 +15,15 @@ from msgspec import Meta
 from agentray.errors import InvalidRequestError
 from agentray.events import Message, TurnOptions
 from agentray.http.errors import UnsupportedParameterError
-from agentray.http.objects import ConversationRef, InputText, OutputText
+from agentray.http.objects import (
+    ConversationRef,
+    InputText,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    OutputText,
+    TextFormat,
+)
+from agentray.models.checks import check_schema
 
 __all__ = [
     "Cancel",
@@ -64,12 +72,10 @@ class MessageItem(msgspec.Struct, frozen=True):
     type: Literal["message"] = "message"
 
 
-class TextFormat(msgspec.Struct, frozen=True):
-    type: Literal["text"] = "text"
+class AskedText(msgspec.Struct, frozen=True):
+    """The form that an answer is to have."""
 
-
-class TextConfig(msgspec.Struct, frozen=True):
-    format: TextFormat | None = None
+    format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -121,7 +127,7 @@ class ResponseCreate(msgspec.Struct, frozen=True, kw_only=True):
     prompt: None = None
     reasoning: Reasoning | None = None
     service_tier: Literal["auto", "default"] | None = None
-    text: TextConfig | None = None
+    text: AskedText | None = None
     tool_choice: Literal["auto"] | None = None
     tools: Nothing | None = None
     top_logprobs: Literal[0] | None = None
@@ -234,6 +240,7 @@ class TurnCreate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     temperature: Temperature | None = None
     top_p: TopP | None = None
     max_output_tokens: Tokens | None = None
+    output_schema: dict[str, Any] | None = None
     metadata: Metadata | None = None
 
 
@@ -274,9 +281,16 @@ class ChatCreate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def turn_options(body: ResponseCreate | TurnCreate, model: str | None) -> TurnOptions:
-    """Return the options of a turn; ``model`` is a model, not an agent."""
+    """Return the options of a turn; ``model`` is a model, not an agent.
+
+    Raises:
+        InvalidRequestError: the JSON schema that the answer is to follow is none.
+    """
+    schema, form = _output(body)
     return TurnOptions(
         model=model,
+        output_schema=schema,
+        output_form=form,
         instructions=body.instructions,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -284,6 +298,22 @@ def turn_options(body: ResponseCreate | TurnCreate, model: str | None) -> TurnOp
         background=bool(body.background),
         metadata=body.metadata or {},
     )
+
+
+def _output(body: ResponseCreate | TurnCreate) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the JSON schema of the answer, if it is to follow one, and what else is said of it."""
+    if isinstance(body, TurnCreate):
+        if body.output_schema is not None:
+            check_schema(body.output_schema, param="output_schema")
+        return body.output_schema, {}
+    form = body.text.format if body.text is not None else None
+    if isinstance(form, JsonObjectFormat):
+        return {"type": "object"}, {}
+    if not isinstance(form, JsonSchemaFormat):
+        return None, {}
+    check_schema(form.schema, param="text.format.schema")
+    facts = {"name": form.name, "description": form.description, "strict": form.strict}
+    return form.schema, {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def response_messages(given: str | Sequence[MessageItem]) -> list[Message]:

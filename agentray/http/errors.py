@@ -11,9 +11,12 @@ import msgspec
 from agentray.errors import AgentRayError, InvalidRequestError
 
 __all__ = [
+    "BatchEndedError",
+    "BatchUnknownError",
     "BodyTooLargeError",
     "ErrorBody",
     "ErrorDetail",
+    "FileUnknownError",
     "ItemNotFoundError",
     "MethodNotAllowedError",
     "RouteNotFoundError",
@@ -35,6 +38,24 @@ class ItemNotFoundError(AgentRayError):
     """A conversation has no such item."""
 
     code = "item_not_found"
+
+
+class FileUnknownError(AgentRayError):
+    """There is no such file."""
+
+    code = "file_not_found"
+
+
+class BatchUnknownError(AgentRayError):
+    """There is no such batch."""
+
+    code = "batch_not_found"
+
+
+class BatchEndedError(AgentRayError):
+    """The batch has ended, or is about to: it cannot be cancelled."""
+
+    code = "batch_ended"
 
 
 class MethodNotAllowedError(AgentRayError):
@@ -61,10 +82,13 @@ _STATUSES = {
     "unsupported_parameter": 400,
     "not_found": 404,
     "item_not_found": 404,
+    "file_not_found": 404,
+    "batch_not_found": 404,
     "session_not_found": 404,
     "turn_not_found": 404,
     "model_not_found": 404,
     "method_not_allowed": 405,
+    "batch_ended": 409,
     "session_busy": 409,
     "session_closed": 409,
     "session_parked": 409,
@@ -151,17 +175,22 @@ def headers(error: AgentRayError) -> list[tuple[bytes, bytes]]:
 
 
 _ITEM_TYPE = re.compile(r"input\[\d+\](\.content\[\d+\])?\.type")
+# What is wrong inside a format that is known.
+_FORMAT_FIELD = re.compile(r"text\.format(?!\.type)(\..*)?")
 _REFUSED = {
     "background_options": "only the default",
+    "completion_window": "only 24h",
     "context_management": "agentray manages the context itself",
+    "endpoint": "only chat completions and embeddings",
     "image": "only the default",
     "include": "logprobs are not kept",
     "max_tool_calls": "an agent's max_steps bounds its calls",
     "moderation": "agentray does not moderate",
     "prompt": "templates are the agent's instructions",
+    "purpose": "only batch",
     "reasoning": "set it where the model is served",
     "service_tier": "only auto and default",
-    "text": "only the format text",
+    "text": "only the formats text, json_object and json_schema, at medium verbosity",
     "tool_choice": "only auto",
     "tools": "an agent's tools are in its configuration",
     "top_logprobs": "logprobs are not kept",
@@ -185,7 +214,8 @@ def validation_error(error: Exception, *, openai: bool = False) -> InvalidReques
     if openai:
         first = re.split(r"[.\[]", param, maxsplit=1)[0]
         why = "only messages of text and images" if _ITEM_TYPE.fullmatch(param) else None
-        if why := _REFUSED.get(first, why):
+        why = _REFUSED.get(first, why)
+        if why and not _FORMAT_FIELD.fullmatch(param):
             return UnsupportedParameterError(
                 f"{param} is not supported here ({why}): {message}", param=param
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
@@ -75,11 +75,7 @@ class Exchange:
             BodyTooLargeError: it is larger than ``limit_bytes``; no more than that is kept.
             ClientGoneError: the client left.
         """
-        declared = self.header(b"content-length")
-        if declared is not None and declared.isdecimal() and int(declared) > limit_bytes:
-            if self.header(b"expect") is None:
-                await self._discard(limit_bytes)
-            raise _too_large(limit_bytes)
+        await self._check_length(limit_bytes)
         message = await self.receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body", False):
@@ -100,6 +96,31 @@ class Exchange:
             raise _too_large(limit_bytes)
         self.raw = body
         return body
+
+    async def pieces(self, limit_bytes: int) -> AsyncGenerator[bytes]:
+        """Yield the body piece by piece, as it comes. Raises as :meth:`body` does."""
+        await self._check_length(limit_bytes)
+        size, more = 0, True
+        while more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            piece: bytes = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(piece)
+            if size > limit_bytes:
+                if more:
+                    await self._discard(limit_bytes)
+                raise _too_large(limit_bytes)
+            yield piece
+
+    async def _check_length(self, limit_bytes: int) -> None:
+        """Refuse a body that says itself that it is too large."""
+        declared = self.header(b"content-length")
+        if declared is not None and declared.isdecimal() and int(declared) > limit_bytes:
+            if self.header(b"expect") is None:
+                await self._discard(limit_bytes)
+            raise _too_large(limit_bytes)
 
     async def _discard(self, limit_bytes: int) -> None:
         """Read the rest of a body that is too large, if that is soon done: a connection that is
@@ -185,6 +206,34 @@ class Exchange:
             await self._send_piece(body[at:], more=False)
         else:
             await self.send({"type": "http.response.body", "body": body})
+
+    async def reply_pieces(
+        self, pieces: AsyncGenerator[bytes], size_bytes: int, content_type: Header
+    ) -> None:
+        """Send a large body piece by piece, as it comes.
+
+        Raises:
+            ClientGoneError: the client takes nothing, or the pieces are not as large together as
+                was said; its connection is closed.
+        """
+        self.started = True
+        length = (b"content-length", b"%d" % size_bytes)
+        await self.send(
+            {"type": "http.response.start", "status": 200, "headers": [content_type, length]}
+        )
+        left = size_bytes
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                left -= len(piece)
+                if left < 0:
+                    break
+                await self._send_piece(piece, more=True)
+        if left:
+            # Half a body cannot become an error: only the closed connection tells it.
+            log.warning("reply_dropped", reason="incomplete")
+            self.abort()
+            raise ClientGoneError
+        await self.send({"type": "http.response.body", "body": b""})
 
     async def _send_piece(self, piece: bytes, *, more: bool) -> None:
         try:

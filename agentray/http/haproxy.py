@@ -12,9 +12,15 @@ What changes:
   request names it: the header ``x-session-id``, the path, the body. A request that will make a
   session gets an id for it here, in ``x-agentray-new-session``: the session is born on the host
   where all that comes later will arrive.
+- A model that agentray serves keeps the calls of a session (the header ``x-session-id``) on the
+  replica that has its prefixes cached: they are hashed as sessions are. Calls without one go to
+  the replica with the fewest. Where Ray's own router is to pick by the prompt, it is asked, as in
+  Ray's configuration; it costs a request to a process of Python's.
 - The front door is bound to the configured address and the rest to loopback; HAProxy's own
   answers are JSON in OpenAI's shape; requests are not logged.
-- Ray's Python proxy is no fallback: it would answer in place of a host.
+- Ray's Python proxy is no fallback: it would answer in place of a host, and hold calls to a model
+  whose replicas are dead. Models that start on demand need it: it holds a call until a replica is
+  there.
 """
 
 from __future__ import annotations
@@ -22,10 +28,25 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from zlib import crc32
 
-__all__ = ["NEW_SESSION_HEADER", "error_responses", "rewrite"]
+__all__ = [
+    "MODELS_VARIABLE",
+    "NEW_SESSION_HEADER",
+    "ON_DEMAND",
+    "ROUTED",
+    "error_responses",
+    "rewrite",
+]
+
+MODELS_VARIABLE = "AGENTRAY_INTERNAL_MODELS"
+"""Routes of the models that agentray serves, by spaces; behind each route its traits, by colons."""
+ROUTED = "routed"
+"""Ray's request router picks the replica of each call."""
+ON_DEMAND = "on-demand"
+"""There may be no replica, until a call asks for one."""
 
 NEW_SESSION_HEADER = "x-agentray-new-session"
 SESSION_HEADER = "x-session-id"
@@ -42,6 +63,7 @@ _MARK = "# rewritten by agentray\n"
 _DOOR = "frontend http_frontend"
 _RETURN_503 = "http-request return status 503 content-type application/json hdr Retry-After 1"
 _UNAVAILABLE = ("No session host is available; try again.", "server_error", "not_ready")
+_NO_MODEL = ("The model is not being served now; try again.", "server_error", "model_unavailable")
 _DEFAULTS = [
     # Who sends half a request holds a connection no longer than this.
     "    timeout http-request 30s",
@@ -51,11 +73,23 @@ _DEFAULTS = [
 _KEY = "txn.agentray_key"
 _NEW = "txn.agentray_new"
 _BODY_WAIT = "30s"
+_CONSISTENT = "hash-type consistent sdbm avalanche"
+# What Ray adds to a backend's name for calls whose replica its request router has picked.
+_VIA = "-via-ingress-request-router"
+_ASK_ROUTER = "set-var(txn.ingress_request_router_app)"
+_ROUTER_FAILED = "var(txn.ingress_request_router_failed)"
 _MAKES_SESSION = "/v1/responses /v1/sessions"
 _MAKES_CONVERSATION = "/v1/conversations"
 
 
-def rewrite(config: str, *, bind: str, error_dir: str, session_route: str = "/") -> str:
+def rewrite(
+    config: str,
+    *,
+    bind: str,
+    error_dir: str,
+    session_route: str = "/",
+    models: Mapping[str, Collection[str]] | None = None,
+) -> str:
     """Return Ray's configuration of HAProxy with the changes that this module is about.
 
     Args:
@@ -63,16 +97,20 @@ def rewrite(config: str, *, bind: str, error_dir: str, session_route: str = "/")
         bind: the address of the front door. Metrics and statistics are on loopback.
         error_dir: where :func:`error_responses` are, each in ``STATUS.http``.
         session_route: the route of the session hosts.
+        models: the traits of the models that agentray serves, by their routes.
     """
     if config.startswith(_MARK):
         return config
+    models = models or {}
     lines = config.splitlines()
     ids = _server_ids(lines)
+    traits = {f"backend {_backend_of(config, route)}": models[route] for route in models}
     additions = {
         "defaults": [line.format(errors=error_dir) for line in _DEFAULTS],
         # A line for each request; what servers do is still logged.
         _DOOR: ["    no log"],
-        f"backend {_backend_of(config, session_route)}": _affinity(),
+        f"backend {_backend_of(config, session_route)}": [*_unserved(models), *_affinity()],
+        **{head + _VIA: _by_session() for head, known in traits.items() if ROUTED not in known},
     }
     out: list[str] = []
     head = ""
@@ -91,12 +129,49 @@ def rewrite(config: str, *, bind: str, error_dir: str, session_route: str = "/")
         elif words[:1] == ["server"]:
             if words[-1] != "backup":
                 out.append(f"{line} id {ids[head, words[1]]} weight {_WEIGHT}")
+            elif ON_DEMAND in traits.get(head, ()):
+                out.append(line)
         elif head == "backend default_backend" and words[:2] == ["http-request", "return"]:
             # Nothing is deployed at "/": the system is starting or stopping.
             out.append(f"    {_RETURN_503} string '{_body(*_UNAVAILABLE)}'")
         else:
-            out.append(line)
+            out += _routed(line, words, head, traits)
     return _MARK + "\n".join(out) + "\n"
+
+
+def _routed(
+    line: str, words: list[str], head: str, traits: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Return what stands for a line that may be about a call whose replica Ray's router picks."""
+    if words[:1] == ["use-server"]:
+        # Ray's proxy, to which the second kind leads, is not among the servers.
+        by_router = ROUTED in traits.get(head.removesuffix(_VIA), (ROUTED,))
+        return [line] if by_router and _ROUTER_FAILED not in line else []
+    if words[:2] == ["http-request", _ASK_ROUTER]:
+        backend = words[2].removeprefix("str(").removesuffix(")")
+        return [line] if ROUTED in traits.get(f"backend {backend}", (ROUTED,)) else []
+    if words[:1] == ["use_backend"] and words[1].endswith(_VIA):
+        if ROUTED in traits.get(f"backend {words[1].removesuffix(_VIA)}", (ROUTED,)):
+            return [line]
+        # Of Ray's two lines for the backend, the second is for answers of the router alone.
+        has_session = f"{{ req.hdr({SESSION_HEADER}) -m len gt 0 }}"
+        return [] if _ROUTER_FAILED in line else [f"    {' '.join(words[:4])} {has_session}"]
+    if words[:2] == ["http-request", "return"] and _ROUTER_FAILED in line:
+        condition = line[line.rindex(" if { ") :]
+        return [f"    {_RETURN_503} string '{_body(*_NO_MODEL)}'{condition}"]
+    return [line]
+
+
+def _by_session() -> list[str]:
+    """Return the lines that keep each session on a replica of a model."""
+    return [f"    balance hash req.hdr({SESSION_HEADER})", f"    {_CONSISTENT}"]
+
+
+def _unserved(models: Collection[str]) -> list[str]:
+    """Return the line for calls to models without a backend, which would go to a session host."""
+    routes = " ".join(f"{route}/" for route in models)
+    answer = f"{_RETURN_503} string '{_body(*_NO_MODEL)}'"
+    return [f"    {answer} if {{ path_beg {routes} }}"] if routes else []
 
 
 def error_responses() -> dict[int, str]:
@@ -164,7 +239,7 @@ def _affinity() -> list[str]:
         key(f"var({_NEW})", f"{{ var({_NEW}) -m found }}"),
         # Without a key (a list, a stateless completion) the servers take turns.
         f"balance hash var({_KEY})",
-        "hash-type consistent sdbm avalanche",
+        _CONSISTENT,
     ]
     return [f"    {rule}" for rule in rules]
 
@@ -208,10 +283,20 @@ def _main(arguments: list[str]) -> None:
         _replace(config.with_name(f"{status}.http"), response)
     bind = os.environ["AGENTRAY_INTERNAL_BIND"]
     # In place: Ray knows its HAProxy by this path on the command line.
-    text = rewrite(config.read_text(encoding="utf-8"), bind=bind, error_dir=str(config.parent))
+    text = rewrite(
+        config.read_text(encoding="utf-8"),
+        bind=bind,
+        error_dir=str(config.parent),
+        models=_models(os.environ.get(MODELS_VARIABLE, "")),
+    )
     _replace(config, text)
     program = os.environ["AGENTRAY_INTERNAL_HAPROXY"]
     os.execv(program, [program, *arguments])  # noqa: S606 - the same process must go on
+
+
+def _models(text: str) -> dict[str, list[str]]:
+    """Return the traits of each model by its route."""
+    return {words[0]: words[1:] for words in (entry.split(":") for entry in text.split())}
 
 
 def _replace(file: Path, text: str) -> None:

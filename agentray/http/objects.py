@@ -6,9 +6,10 @@ They follow ``openai.types.responses`` and ``openai.types.conversations`` of the
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 __all__ = [
     "ContentPartAdded",
@@ -24,6 +25,8 @@ __all__ = [
     "Item",
     "ItemList",
     "ItemStatus",
+    "JsonObjectFormat",
+    "JsonSchemaFormat",
     "McpArgumentsDone",
     "McpCall",
     "McpCallCompleted",
@@ -31,6 +34,7 @@ __all__ = [
     "McpCallInProgress",
     "McpToolError",
     "Model",
+    "ModelFallback",
     "ModelList",
     "OutputItemAdded",
     "OutputItemDone",
@@ -46,8 +50,10 @@ __all__ = [
     "ResponseQueued",
     "ResponseStatus",
     "ResponseUsage",
+    "TextConfig",
     "TextDelta",
     "TextDone",
+    "TextFormat",
 ]
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -164,12 +170,28 @@ class ConversationRef(msgspec.Struct, frozen=True):
     id: str
 
 
-class _TextFormat(msgspec.Struct, frozen=True):
-    type: Literal["text"] = "text"
+class TextFormat(_Tagged, frozen=True, tag="text"):
+    """An answer in plain text."""
 
 
-class _TextConfig(msgspec.Struct, frozen=True):
-    format: _TextFormat = _TextFormat()
+class JsonObjectFormat(_Tagged, frozen=True, tag="json_object"):
+    """An answer that is a JSON object, of whatever form."""
+
+
+class JsonSchemaFormat(_Tagged, frozen=True, kw_only=True, tag="json_schema"):
+    """An answer that follows a JSON schema; ``strict`` asks the model's server to see to it, and
+    agentray checks it in any case."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    """The form of an answer."""
+
+    format: TextFormat | JsonObjectFormat | JsonSchemaFormat = TextFormat()
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,7 +215,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     conversation: ConversationRef | None = None
     store: bool = True
     temperature: float | None = None
-    text: _TextConfig = _TextConfig()
+    text: TextConfig = TextConfig()
     tool_choice: Literal["auto"] = "auto"
     tools: list[Any] = []
     top_p: float | None = None
@@ -294,6 +316,21 @@ class McpCallFailed(_Numbered, frozen=True, tag="response.mcp_call.failed"):
     output_index: int
 
 
+class ModelFallback(_Numbered, frozen=True, tag="agentray.model.fallback"):
+    """agentray's own: a text that a client had seen broke off, and ``to_model`` was called.
+
+    With ``continues`` the item goes on where it was; else it was closed as incomplete, and what
+    comes is a new one. ``reason`` is the code of the error that ended the attempt.
+    """
+
+    item_id: str
+    output_index: int
+    reason: str
+    continues: bool
+    from_model: str
+    to_model: str
+
+
 class ErrorEvent(_Numbered, frozen=True, tag="error"):
     """The stream ends early; the response goes on and can be retrieved."""
 
@@ -319,6 +356,7 @@ ResponseEvent = (
     | ResponseCompleted
     | ResponseFailed
     | ResponseIncomplete
+    | ModelFallback
     | ErrorEvent
 )
 

@@ -29,6 +29,8 @@ _PARAMETERS = {
     "turn_id": ("A turn's id", r"^[0-9a-hjkmnp-tv-z]{26}$"),
     "item_id": ("An item's id", r"^(msg|mcp)_[0-9a-hjkmnp-tv-z]{26}_[0-9a-z]+$"),
     "model": ("The name of an agent or a model", r"^.{1,256}$"),
+    "file_id": ("A file's id", r"^file-[0-9a-hjkmnp-tv-z]{26}$"),
+    "batch_id": ("A batch's id", r"^batch_[0-9a-hjkmnp-tv-z]{26}$"),
 }
 _HEADERS = {
     "Idempotency-Key": (
@@ -90,7 +92,7 @@ def _operation(
         schema = by_type[repr(route.body)]
         operation["requestBody"] = {
             "required": bool(_resolved(schema, components).get("required")),
-            "content": {"application/json": {"schema": schema}},
+            "content": {route.takes: {"schema": schema}},
         }
     return operation
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
-from agentray.events import TurnError, TurnStatus, Usage
+from agentray.events import TurnError, TurnOptions, TurnStatus, Usage
 from agentray.http.objects import (
     ConversationMessage,
     ConversationRef,
     IncompleteDetails,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     OutputText,
     Response,
     ResponseError,
     ResponseUsage,
+    TextConfig,
 )
 from agentray.ids import response_id
 from agentray.sessions.base import TurnInfo
@@ -47,8 +52,20 @@ def begin(
         previous_response_id=previous,
         conversation=ConversationRef(session_id) if conversation else None,
         temperature=options.temperature,
+        text=_text(options),
         top_p=options.top_p,
     )
+
+
+def _text(options: TurnOptions) -> TextConfig:
+    schema = options.output_schema
+    if schema is None:
+        return TextConfig()
+    form = options.output_form
+    if not form and schema == {"type": "object"}:
+        return TextConfig(JsonObjectFormat())
+    facts: dict[str, Any] = {"name": "answer", **form, "schema": schema}
+    return TextConfig(JsonSchemaFormat(**facts))
 
 
 def one_message(response: Response, turn: TurnInfo) -> Response | None:

@@ -9,6 +9,9 @@ alone, so that any host gives the same numbers to the same events::
 
 How the text of a step was cut into deltas is not kept, only how far a number says it had come;
 so whoever resumes behind a number gets exactly the text that follows it.
+
+An attempt that broke off is told by ``agentray.model.fallback`` if it had shown text: its number
+is one of ``model.voided``, although it is only said when the next model is known.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from agentray.http.objects import (
     McpCallFailed,
     McpCallInProgress,
     McpToolError,
+    ModelFallback,
     OutputItemAdded,
     OutputItemDone,
     OutputText,
@@ -62,6 +66,8 @@ __all__ = ["ResponseFold", "attempt_number"]
 
 SEQ_SHIFT = 24
 DELTA_BASE = 16
+# Behind the three events that close an item.
+_FALLBACK = 3
 
 
 def attempt_number(sequence_number: int) -> int:
@@ -95,9 +101,11 @@ class ResponseFold:
         "_calls",
         "_created",
         "_events",
+        "_fallback",
         "_first",
         "_items",
         "_message",
+        "_model",
         "_relative",
         "_response",
         "_turn_id",
@@ -114,6 +122,8 @@ class ResponseFold:
         self._base = 0
         self._items: list[Item] = []
         self._message: _OpenMessage | None = None
+        self._model = ""
+        self._fallback: ModelFallback | None = None
         self._calls: dict[str, int] = {}
         self._created = False
         self._events: list[ResponseEvent] = []
@@ -168,6 +178,10 @@ class ResponseFold:
         match event:
             case ModelCalled():
                 self._calls.clear()  # ids of calls are unique within a step only
+                self._model = event.model
+                if (fallback := self._fallback) is not None:
+                    self._fallback = None
+                    self._emit(replace(fallback, to_model=event.model))
                 self._relative = event.seq - self._first
                 self._base = number + DELTA_BASE
             case ModelFinished():
@@ -178,7 +192,12 @@ class ResponseFold:
                 self._close(number, "incomplete" if cut else "completed", event.text)
             case ModelVoided(continues=True):
                 self._continue(event.text)
-            case ModelVoided() | ModelFailed():
+                self._broken_off(number, event)
+            case ModelVoided():
+                self._rest(event.text)
+                self._broken_off(number, event)
+                self._close(number, "incomplete", event.text)
+            case ModelFailed():
                 self._rest(event.text)
                 self._close(number, "incomplete", event.text)
             case ToolCalled():
@@ -256,6 +275,21 @@ class ResponseFold:
                 param="starting_after",
             )
         self._rest(text)
+
+    def _broken_off(self, number: int, event: ModelVoided) -> None:
+        """Keep what is to be said of an attempt whose text is seen, until the next begins."""
+        message = self._message
+        if message is None:
+            return
+        self._fallback = ModelFallback(
+            sequence_number=number + _FALLBACK,
+            item_id=message.id,
+            output_index=message.index,
+            reason=event.reason,
+            continues=event.continues,
+            from_model=event.model or self._model,
+            to_model="",
+        )
 
     def _close(self, number: int, status: ItemStatus, text: str) -> None:
         self._relative = -1  # text of this attempt that is still on its way is known now

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from agentray.http import bodies, objects
+from agentray.http import batch_bodies, batch_objects, bodies, objects
+from agentray.http import routes_batches as batches
 from agentray.http import routes_chat as chat
 from agentray.http import routes_conversations as conversations
+from agentray.http import routes_embeddings as embeddings
+from agentray.http import routes_files as files
 from agentray.http import routes_responses as responses
 from agentray.http import routes_sessions as sessions
 from agentray.http import routes_system as system
@@ -134,6 +137,102 @@ ROUTES: tuple[Route[Door], ...] = (
             Answer(200, None, SSE, "with `stream`"),
         ),
         errors=(400, 404, 413, 429, 502),
+    ),
+    Route(
+        method="POST",
+        path="/v1/embeddings",
+        endpoint=embeddings.create_embeddings,
+        summary="Turn texts into vectors",
+        tag="OpenAI",
+        body=batch_bodies.EmbeddingCreate,
+        answers=(Answer(200, dict, text="The answer of the model's server, as it came"),),
+        errors=(400, 404, 413, 429, 502),
+    ),
+    Route(
+        method="POST",
+        path="/v1/files",
+        endpoint=files.create_file,
+        summary="Upload the requests of a batch",
+        tag="OpenAI",
+        body=batch_bodies.FileUpload,
+        takes="multipart/form-data",
+        answers=(Answer(200, batch_objects.FileObject),),
+        errors=(400, 413, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/files",
+        endpoint=files.list_files,
+        summary="List files",
+        tag="OpenAI",
+        query=batch_bodies.FilesQuery,
+        answers=(Answer(200, batch_objects.FileList),),
+        errors=(400, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}",
+        endpoint=files.retrieve_file,
+        summary="Show a file",
+        tag="OpenAI",
+        answers=(Answer(200, batch_objects.FileObject),),
+        errors=(404, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}/content",
+        endpoint=files.retrieve_file_content,
+        summary="Download a file",
+        tag="OpenAI",
+        answers=(Answer(200, None, "application/octet-stream", "The file's bytes"),),
+        errors=(404, 503),
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/files/{file_id}",
+        endpoint=files.delete_file,
+        summary="Delete a file",
+        tag="OpenAI",
+        answers=(Answer(200, batch_objects.FileDeleted),),
+        errors=(404, 503),
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches",
+        endpoint=batches.create_batch,
+        summary="Have the requests of a file answered within a day",
+        tag="OpenAI",
+        body=batch_bodies.BatchCreate,
+        answers=(Answer(200, batch_objects.Batch),),
+        errors=(400, 404, 413, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches",
+        endpoint=batches.list_batches,
+        summary="List batches, newest first",
+        tag="OpenAI",
+        query=batch_bodies.BatchesQuery,
+        answers=(Answer(200, batch_objects.BatchList),),
+        errors=(400, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{batch_id}",
+        endpoint=batches.retrieve_batch,
+        summary="Show a batch",
+        tag="OpenAI",
+        answers=(Answer(200, batch_objects.Batch),),
+        errors=(404, 503),
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/cancel",
+        endpoint=batches.cancel_batch,
+        summary="Cancel a batch; what is done already stays",
+        tag="OpenAI",
+        answers=(Answer(200, batch_objects.Batch),),
+        errors=(404, 409, 503),
     ),
     Route(
         method="GET",

@@ -6,20 +6,22 @@ from typing import Any
 
 import msgspec
 
+from agentray.config.settings import AgentSettings
 from agentray.errors import AgentRayError
 from agentray.http.bodies import ChatCreate
-from agentray.http.door import Door
+from agentray.http.door import TENANT, Door
 from agentray.http.errors import UnsupportedParameterError, describe
 from agentray.http.exchange import Exchange, Header
 from agentray.http.sse import EventStream, data_frame
 from agentray.memory.window import instructions_fragment
-from agentray.models.client import RawStream
+from agentray.models.completions import Completion, CompletionStream
 
 __all__ = ["create_chat_completion"]
 
 _create = msgspec.json.Decoder(ChatCreate)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _JSON: Header = (b"content-type", b"application/json")
+_MODEL, _ROUTE, _CACHE = b"x-agentray-model", b"x-agentray-route", b"x-agentray-cache"
 
 
 async def create_chat_completion(door: Door, exchange: Exchange) -> None:
@@ -30,21 +32,38 @@ async def create_chat_completion(door: Door, exchange: Exchange) -> None:
         )
     fields: dict[str, Any] = dict(_fields.decode(exchange.raw))
     agent, model = door.resolve(body.model)
+    chosen: dict[str, Any] = {}
     if agent is not None:
-        model = _as_agent(door, agent, body, fields)
-    assert model is not None
+        spec = _as_agent(door, agent, body, fields)
+        chosen = {"preferred": spec.model, "allowed": spec.models, "cache": spec.cache}
     with door.completions.admit():
-        answer = await door.models.complete_raw(
-            model, fields, session_id=exchange.header(b"x-session-id")
+        answer = await door.models.complete(
+            model,
+            fields,
+            tenant=TENANT,
+            session_id=exchange.header(b"x-session-id"),
+            **chosen,
         )
-        if isinstance(answer, bytes):
-            await exchange.reply_bytes(answer, _JSON)
+        told = _told(answer)
+        if isinstance(answer.body, bytes):
+            await exchange.reply_bytes(answer.body, _JSON, headers=told)
         else:
-            await _stream(door, exchange, answer)
+            await _stream(door, exchange, answer.body, told)
 
 
-def _as_agent(door: Door, agent: str, body: ChatCreate, fields: dict[str, Any]) -> str:
-    """Give a request what the agent sets, where the caller left it open; return its model.
+def _told(answer: Completion) -> tuple[Header, ...]:
+    """Return the headers that say which model answered, and why."""
+    headers = [
+        (_MODEL, answer.model.encode()),
+        (_ROUTE, f"{answer.route.kind}: {answer.route.reason}".encode("ascii", "replace")),
+    ]
+    if answer.cached:
+        headers.append((_CACHE, b"hit"))
+    return tuple(headers)
+
+
+def _as_agent(door: Door, agent: str, body: ChatCreate, fields: dict[str, Any]) -> AgentSettings:
+    """Give a request what the agent sets, where the caller left it open; return the agent.
 
     Its tools are not offered: only a session runs them. The caller's own go to the model.
     """
@@ -58,12 +77,14 @@ def _as_agent(door: Door, agent: str, body: ChatCreate, fields: dict[str, Any]) 
     limited = body.max_tokens is not None or body.max_completion_tokens is not None
     if spec.max_output_tokens is not None and not limited:
         fields["max_completion_tokens"] = spec.max_output_tokens
-    return spec.model or door.catalog.default
+    return spec
 
 
-async def _stream(door: Door, exchange: Exchange, answer: RawStream) -> None:
+async def _stream(
+    door: Door, exchange: Exchange, answer: CompletionStream, told: tuple[Header, ...]
+) -> None:
     # The chunks are the model server's, cut anywhere: no comment may come in between.
-    stream = EventStream(exchange, door.watchdog, comments=False)
+    stream = EventStream(exchange, door.watchdog, told, comments=False)
     try:
         async with stream:
             try:

@@ -10,6 +10,7 @@ import msgspec
 from agentray.http.door import Door
 from agentray.http.exchange import Exchange, Header
 from agentray.http.objects import Model, ModelList
+from agentray.models.base import ModelHealth
 
 __all__ = [
     "Health",
@@ -33,7 +34,10 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Whether this process takes new work, and what it holds."""
+    """Whether this process takes new work, and what it holds.
+
+    A model that cannot be called leaves it ready: others are called instead.
+    """
 
     ready: bool
     owner_id: str
@@ -43,6 +47,7 @@ class Readiness(msgspec.Struct, frozen=True):
     draining: bool
     store_ok: bool
     cache_ok: bool
+    models: dict[str, ModelHealth]
 
 
 async def list_models(door: Door, exchange: Exchange) -> None:
@@ -53,7 +58,7 @@ async def list_models(door: Door, exchange: Exchange) -> None:
 
 async def retrieve_model(door: Door, exchange: Exchange) -> None:
     name = exchange.params[0]
-    agent, _ = door.resolve(name)
+    agent, _ = door.resolve(name, chats=False)
     await exchange.reply(Model(name, "agents" if agent is not None else "models"))
 
 
@@ -65,8 +70,9 @@ async def readiness(door: Door, exchange: Exchange) -> None:
     facts = door.sessions.describe()
     # A lost cache slows sessions down and stops none.
     ready = bool(facts["store_ok"]) and not facts["draining"] and not door.draining.is_set()
-    known = {key: facts[key] for key in Readiness.__struct_fields__ if key != "ready"}
-    await exchange.reply(Readiness(ready=ready, **known), status=200 if ready else 503)
+    known = {key: facts[key] for key in Readiness.__struct_fields__ if key in facts}
+    known |= {"ready": ready, "models": dict(door.model_health())}
+    await exchange.reply(Readiness(**known), status=200 if ready else 503)
 
 
 async def metrics(door: Door, exchange: Exchange) -> None:

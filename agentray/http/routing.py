@@ -30,8 +30,8 @@ class Answer(msgspec.Struct, frozen=True):
 class Route(msgspec.Struct, Generic[D], frozen=True, kw_only=True):
     """A method of a path, who serves it, and what it takes and gives.
 
-    ``path`` has parameters in braces. ``body`` and ``query`` are structs, ``errors`` the statuses
-    besides 500 that it may answer.
+    ``path`` has parameters in braces. ``body`` and ``query`` are structs, ``takes`` the body's
+    media type, ``errors`` the statuses besides 500 that it may answer.
     """
 
     method: Method
@@ -41,6 +41,7 @@ class Route(msgspec.Struct, Generic[D], frozen=True, kw_only=True):
     tag: Literal["OpenAI", "Sessions", "System"]
     answers: tuple[Answer, ...]
     body: Any = None
+    takes: str = "application/json"
     query: Any = None
     headers: tuple[str, ...] = ()
     errors: tuple[int, ...] = ()

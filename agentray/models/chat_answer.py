@@ -116,21 +116,46 @@ class StreamedAnswer:
 
 
 class RawStream:
-    """The bytes of a streamed answer as they came, checked on their way.
+    """The bytes of a streamed answer as they came, checked on their way, in whole lines.
 
     Raises while iterating what ``ModelClient.stream`` raises; bytes that are wrong are not passed
-    on. ``usage`` is known at the end, if the endpoint gives it.
+    on. ``usage`` is known at the end, if the endpoint gives it. ``first`` are the bytes that were
+    read already, and ``text`` is what is in them.
     """
 
-    def __init__(self, answer: StreamedAnswer, chat: ChatStream, first: bytes) -> None:
+    def __init__(self, answer: StreamedAnswer, chat: ChatStream, first: bytes, text: str) -> None:
         self._answer = answer
         self._chat = chat
-        self._next = first
+        self._texts = [text]
+        # What follows the last whole line is passed on with its rest: what breaks off within a
+        # line can be gone on with, or be told, on a new one.
+        end = first.rfind(b"\n") + 1
+        self._next, self._rest = first[:end], first[end:]
+
+    @property
+    def text(self) -> str:
+        """The text of the answer in what was passed on."""
+        return "".join(self._texts)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether a tool call has begun in it."""
+        return self._chat.calls_tools
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer said why it ends."""
+        return self._chat.finish_reason is not None
 
     @property
     def usage(self) -> Usage:
         """The tokens that the endpoint has reported so far."""
         return self._chat.usage
+
+    @property
+    def chunks(self) -> int:
+        """The chunks that came so far: about as many as there are tokens."""
+        return self._chat.chunks
 
     def __aiter__(self) -> RawStream:
         return self
@@ -140,9 +165,20 @@ class RawStream:
             self._next = b""
             return chunk
         try:
-            if chunk := await self._answer.read():
-                return chunk
+            while data := await self._answer.read():
+                if text := self._answer.text:
+                    self._texts.append(text)
+                if self._rest:
+                    data = self._rest + data
+                end = data.rfind(b"\n") + 1
+                self._rest = data[end:]
+                if end:
+                    return data if end == len(data) else data[:end]
             self._chat.finish()
+            if not self._chat.done:
+                # It was whole, but for the mark of its end.
+                self._chat.done = True
+                return b"\n\ndata: [DONE]\n\n"
         except BaseException:
             self._answer.close()
             raise

@@ -15,6 +15,9 @@ from agentray.models.refusals import refusal_in_answer
 __all__ = ["ChatStream"]
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_ANSWER_CHARS = 16 * 1024 * 1024
+MOST_CHARS_PER_TOKEN = 32
+SLACK_CHARS = 1_000
 
 
 class _FunctionDelta(msgspec.Struct):
@@ -74,10 +77,18 @@ class ChatStream:
 
     ``model`` is named in errors. With ``may_be_empty`` an answer without text and calls is one:
     a text that is continued can turn out to have been complete. ``secret`` is cut out of what
-    the endpoint says in errors.
+    the endpoint says in errors. An answer that goes on far behind ``max_tokens`` is cut there, as
+    one that reached its limit.
     """
 
-    def __init__(self, model: str, *, may_be_empty: bool = False, secret: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        *,
+        may_be_empty: bool = False,
+        secret: str | None = None,
+        max_tokens: int | None = None,
+    ):
         self.started = False
         """The model has produced something."""
         self.done = False
@@ -91,6 +102,10 @@ class ChatStream:
         self._secret = secret
         self._rest = b""
         self._has_text = False
+        # What no tokenizer makes of so few tokens; what it came to is not known while it streams.
+        self._room = MAX_ANSWER_CHARS
+        if max_tokens is not None:
+            self._room = min(self._room, max_tokens * MOST_CHARS_PER_TOKEN + SLACK_CHARS)
         self._calls: dict[int, _Call] = {}
 
     def feed(self, data: bytes) -> str:
@@ -121,7 +136,13 @@ class ChatStream:
         if not texts:
             return ""
         self._has_text = True
-        return "".join(texts)
+        text = "".join(texts)
+        self._room -= len(text)
+        if self._room < 0:
+            # It was asked to stop long ago.
+            text = text[: self._room]
+            self.finish_reason, self.done = "length", True
+        return text
 
     def finish(self) -> tuple[ToolCall, ...]:
         """Return the tool calls of the whole answer; to be called when the stream is over.
@@ -149,9 +170,14 @@ class ChatStream:
                     upstream_code="content_filter",
                 )
             raise ModelUnavailableError(
-                f"model {self._model!r} gave an empty answer", model=self._model
+                f"model {self._model!r} gave an empty answer", model=self._model, empty=True
             )
         return calls
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether a tool call has begun, whole or not."""
+        return bool(self._calls)
 
     def _take(self, payload: bytes, texts: list[str]) -> None:
         try:
@@ -201,6 +227,9 @@ class ChatStream:
             call.name = part.function.name or call.name
             if part.function.arguments:
                 call.arguments.append(part.function.arguments)
+                self._room -= len(part.function.arguments)
+                if self._room < 0:
+                    raise self._malformed("a tool call is longer than was asked for")
 
     def _malformed(self, what: str) -> ModelUnavailableError:
         return ModelUnavailableError(

@@ -43,7 +43,16 @@ class _Completion(msgspec.Struct):
     choices: list[msgspec.Raw] = []
 
 
+class _Embedding(msgspec.Struct):
+    embedding: msgspec.Raw
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+
+
 _completion = msgspec.json.Decoder(_Completion)
+_embeddings = msgspec.json.Decoder(_Embeddings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,7 @@ class _Target:
     model: str
     upstream: bytes
     url: URL
+    embeddings_url: URL
     headers: dict[str, str]
     secret: str | None
 
@@ -87,8 +97,14 @@ class ModelClient:
         its usage is lost.
         """
         target = self._target(request.model)
-        chat = ChatStream(request.model, may_be_empty=request.continue_text, secret=target.secret)
-        answer = await self._open(target, _chat_body(target, request), request.session_id, chat)
+        chat = ChatStream(
+            request.model,
+            may_be_empty=request.continue_text,
+            secret=target.secret,
+            max_tokens=request.max_output_tokens,
+        )
+        body = _chat_body(target, request)
+        answer = await self._open(target, body, request.session_id, chat, request.timeout_s)
         text = ""
         try:
             while await answer.read():
@@ -107,12 +123,15 @@ class ModelClient:
         body: bytes | Mapping[str, Any],
         *,
         session_id: str | None = None,
+        timeout_s: float | None = None,
+        continues: bool = False,
     ) -> bytes | RawStream:
         """Pass a body for ``/v1/chat/completions`` on, and the answer back as it comes.
 
         Only the model's name is replaced by its name at the endpoint. With ``"stream": true`` the
-        result is a stream whose first bytes are there already, so that a refusal is raised here;
-        the caller must ``aclose`` it. Else it is the whole JSON.
+        result is a stream whose first token is there already, so that a refusal is raised here;
+        the caller must ``aclose`` it. Else it is the whole JSON. ``continues`` says that the body
+        asks to go on with a text, which may turn out to have been complete.
 
         Raises:
             InvalidRequestError: ``body`` is no JSON object.
@@ -127,17 +146,26 @@ class ModelClient:
         streams = body.get("stream")
         payload = _encode({**body, "model": msgspec.Raw(target.upstream)})
         if streams is True or (isinstance(streams, msgspec.Raw) and bytes(streams) == b"true"):
-            chat = ChatStream(model, secret=target.secret)
-            answer = await self._open(target, payload, session_id, chat)
-            try:
-                first = await answer.read()
-                if not first:
-                    chat.finish()
-            except BaseException:
-                answer.close()
-                raise
-            return RawStream(answer, chat, first)
-        return await self._complete(target, payload, session_id)
+            chat = ChatStream(model, may_be_empty=continues, secret=target.secret)
+            answer = await self._open(target, payload, session_id, chat, timeout_s)
+            return await _begun(answer, chat)
+        return await self._complete(target, payload, session_id, timeout_s)
+
+    async def embed_raw(
+        self, model: str, body: Mapping[str, Any], *, timeout_s: float | None = None
+    ) -> bytes:
+        """Pass a body for ``/v1/embeddings`` on, and the whole answer back as it comes.
+
+        Raises:
+            ModelError: as for ``stream``.
+        """
+        target = self._target(model)
+        payload = _encode({**body, "model": msgspec.Raw(target.upstream)})
+        url = target.embeddings_url
+        answer = await self._whole(target, payload, None, timeout_s, url=url)
+        if not _is_embeddings(answer):
+            raise self._no_answer(target, answer, "embeddings")
+        return answer
 
     def _target(self, model: str) -> _Target:
         target = self._targets.get(model)
@@ -151,6 +179,7 @@ class ModelClient:
                 model=model,
                 upstream=_encode(endpoint.upstream),
                 url=URL(endpoint.url + "/chat/completions"),
+                embeddings_url=URL(endpoint.url + "/embeddings"),
                 headers=headers,
                 secret=secret,
             )
@@ -167,7 +196,12 @@ class ModelClient:
         return self._http
 
     async def _post(
-        self, target: _Target, body: bytes, session_id: str | None, deadline: float
+        self,
+        target: _Target,
+        body: bytes,
+        session_id: str | None,
+        deadline: float,
+        url: URL | None = None,
     ) -> aiohttp.ClientResponse:
         """Return the response once it is known to be neither a refusal nor unreachable."""
         if self._closed:
@@ -178,7 +212,7 @@ class ModelClient:
         try:
             async with asyncio.timeout_at(deadline):
                 response = await self._session().post(
-                    target.url,
+                    url or target.url,
                     data=body if len(body) <= MAX_PLAIN_BODY_BYTES else io.BytesIO(body),
                     headers=headers,
                     allow_redirects=False,
@@ -201,11 +235,17 @@ class ModelClient:
         raise refusal(target.model, response.status, said, retry_after=wait, secret=target.secret)
 
     async def _open(
-        self, target: _Target, body: bytes, session_id: str | None, chat: ChatStream
+        self,
+        target: _Target,
+        body: bytes,
+        session_id: str | None,
+        chat: ChatStream,
+        timeout_s: float | None = None,
     ) -> StreamedAnswer:
         settings = self._settings
         now = asyncio.get_running_loop().time()
-        first = now + min(settings.first_token_timeout_s, settings.step_timeout_s)
+        timeout_s = settings.step_timeout_s if timeout_s is None else timeout_s
+        first = now + min(settings.first_token_timeout_s, timeout_s)
         response = await self._post(target, body, session_id, first)
         if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
             raise await self._not_a_stream(target, response, first)
@@ -214,7 +254,7 @@ class ModelClient:
             chat,
             model=target.model,
             first_due=first,
-            end_due=now + settings.step_timeout_s,
+            end_due=now + timeout_s,
             stall_s=settings.stall_timeout_s,
             ending=self._ending,
         )
@@ -234,27 +274,60 @@ class ModelClient:
             return refusal_in_answer(target.model, said, target.secret)
         return unavailable(target.model, f"answered with {kind}, not with a stream")
 
-    async def _complete(self, target: _Target, body: bytes, session_id: str | None) -> bytes:
-        deadline = asyncio.get_running_loop().time() + self._settings.step_timeout_s
-        response = await self._post(target, body, session_id, deadline)
+    async def _complete(
+        self, target: _Target, body: bytes, session_id: str | None, timeout_s: float | None
+    ) -> bytes:
+        answer = await self._whole(target, body, session_id, timeout_s)
+        try:
+            whole = bool(_completion.decode(answer).choices)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            whole = False
+        if not whole:
+            raise self._no_answer(target, answer, "completion")
+        return answer
+
+    def _no_answer(self, target: _Target, said: bytes, kind: str) -> ModelError:
+        if _is_error(said):
+            return refusal_in_answer(target.model, said, target.secret)
+        return unavailable(target.model, f"answered with something that is no {kind}")
+
+    async def _whole(
+        self,
+        target: _Target,
+        body: bytes,
+        session_id: str | None,
+        timeout_s: float | None,
+        *,
+        url: URL | None = None,
+    ) -> bytes:
+        timeout_s = self._settings.step_timeout_s if timeout_s is None else timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        response = await self._post(target, body, session_id, deadline, url)
         try:
             async with asyncio.timeout_at(deadline):
-                answer = await _read_at_most(response, MAX_ANSWER_BYTES)
+                return await _read_at_most(response, MAX_ANSWER_BYTES)
         except TimeoutError as error:
             raise unavailable(target.model, "did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise unavailable(target.model, f"broke off: {shown(error)}") from error
         finally:
             response.close()
-        try:
-            whole = bool(_completion.decode(answer).choices)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            whole = False
-        if whole:
-            return answer
-        if _is_error(answer):
-            raise refusal_in_answer(target.model, answer, target.secret)
-        raise unavailable(target.model, "answered with something that is no completion")
+
+
+async def _begun(answer: StreamedAnswer, chat: ChatStream) -> RawStream:
+    """Return a stream whose first token is there; what goes before it is no answer yet."""
+    first: list[bytes] = []
+    texts: list[str] = []
+    try:
+        while not chat.started and (data := await answer.read()):
+            first.append(data)
+            texts.append(answer.text)
+        if not chat.started or chat.finish_reason is not None:
+            chat.finish()
+    except BaseException:
+        answer.close()
+        raise
+    return RawStream(answer, chat, b"".join(first), "".join(texts))
 
 
 def _chat_body(target: _Target, request: ModelRequest) -> bytes:
@@ -267,6 +340,8 @@ def _chat_body(target: _Target, request: ModelRequest) -> bytes:
         parts.append(b',"top_p":' + _encode(request.top_p))
     if request.max_output_tokens is not None:
         parts.append(b',"max_completion_tokens":%d' % request.max_output_tokens)
+    if request.output_schema is not None:
+        parts.append(b',"response_format":' + request.output_schema)
     if request.continue_text:
         parts.append(b',"continue_final_message":true,"add_generation_prompt":false')
     parts.append(b',"stream":true,"stream_options":{"include_usage":true}}')
@@ -283,6 +358,13 @@ async def _read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
         parts.append(part)
         size += len(part)
     return b"".join(parts)[:limit]
+
+
+def _is_embeddings(body: bytes) -> bool:
+    try:
+        return bool(_embeddings.decode(body).data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
 
 
 def _is_error(body: bytes) -> bool:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import msgspec
 
-from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
+from agentray.errors import (
+    ModelContextLengthError,
+    ModelError,
+    ModelRateLimitedError,
+    ModelUnavailableError,
+)
 
 __all__ = ["refusal", "refusal_in_answer", "retry_after_s", "unavailable"]
 
@@ -25,6 +31,10 @@ _LASTING = {
     "BadRequestError",
     "NotFoundError",
 }
+# Servers have no code for it in common: what OpenAI, vLLM, Anthropic and llama.cpp say.
+_TOO_LONG = re.compile(
+    r"(?i)context (?:length|window|size)|maximum (?:model|input|prompt) length|prompt is too long"
+)
 _RATE_LIMITED = {"rate_limit_error", "rate_limit_exceeded", "RateLimitError", "Too Many Requests"}
 
 
@@ -52,6 +62,8 @@ def refusal(
         return ModelRateLimitedError(said, **fields)
     if status >= 500 or status in (408, 409, 425):
         return ModelUnavailableError(said, **fields)
+    if code == "context_length_exceeded" or (status in (400, 413) and _TOO_LONG.search(message)):
+        return ModelContextLengthError(said, **fields)
     return ModelError(said, **fields)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from agentray.config.settings import SimulatorSettings
-from agentray.models.catalog import SIMULATOR_MODEL
+from agentray.models.catalog import MODELS_PREFIX, SIMULATOR_MODEL
 from agentray.models.simulator_call import (
     Call,
     ClientGoneError,
@@ -27,6 +27,7 @@ from agentray.models.simulator_call import (
     scripted_failure,
     send_json,
 )
+from agentray.models.simulator_embeddings import EmbeddingError, embed
 from agentray.models.simulator_script import (
     ChatMessage,
     ChatRequest,
@@ -42,7 +43,7 @@ __all__ = ["SIMULATOR_PREFIX", "Simulator", "build_simulator_app"]
 
 Scope = MutableMapping[str, Any]
 
-SIMULATOR_PREFIX = "/models/simulator"
+SIMULATOR_PREFIX = f"{MODELS_PREFIX}/{SIMULATOR_MODEL}"
 MAX_BODY_BYTES = 32 * 1024 * 1024
 PREFIXES_KEPT = 100_000
 
@@ -81,7 +82,8 @@ class _Prefixes:
 
 
 class Simulator:
-    """The ASGI application: ``/v1/chat/completions``, ``/v1/models`` and ``/healthz``.
+    """The ASGI application: ``/v1/chat/completions``, ``/v1/embeddings``, ``/v1/models``
+    and ``/healthz``.
 
     It answers under ``prefix`` as well as under the root, whatever ``root_path`` says.
     """
@@ -135,6 +137,14 @@ class Simulator:
             if scope["method"] != "POST":
                 raise RefusedError(405, "use POST", "method_not_allowed")
             await self._complete(await _read_body(receive), send, pauses)
+        elif path == "/v1/embeddings":
+            if scope["method"] != "POST":
+                raise RefusedError(405, "use POST", "method_not_allowed")
+            try:
+                answer = embed(await _read_body(receive))
+            except EmbeddingError as error:
+                raise RefusedError(400, str(error), "invalid_request") from error
+            await send_json(send, 200, answer)
         elif path == "/v1/models":
             model = {
                 "id": SIMULATOR_MODEL,

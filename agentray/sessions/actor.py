@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
-from agentray.events import AnyEvent, encode_event
-from agentray.sessions.state import Command, Rules, SessionState, advance
+from agentray.events import AnyEvent, Route, encode_event
+from agentray.sessions.state import Command, Rules, SessionState, Turn, advance
 from agentray.sessions.stream import Hub
 from agentray.storage.base import Append, SessionRow, TurnBirth, TurnRow
 
@@ -39,6 +41,7 @@ class SessionActor:
         "mailbox",
         "other_host",
         "recorded",
+        "route",
         "rules",
         "state",
         "task",
@@ -65,6 +68,8 @@ class SessionActor:
         self.recorded: list[AnyEvent] = []
         self.task: asyncio.Task[None] | None = None
         self.interruptible: asyncio.Task[None] | None = None
+        # Why the model was picked that is called now.
+        self.route: Route | None = None
         self.cancel_requested = False
         self.dropped = False
         self.last_sender: str | None = None
@@ -78,6 +83,18 @@ class SessionActor:
     @property
     def busy(self) -> bool:
         return self.task is not None
+
+    @property
+    def turn(self) -> Turn:
+        """The turn that runs; there must be one."""
+        turn = self.state.turn
+        if turn is None:
+            raise AssertionError(f"session {self.id} runs no turn")
+        return turn
+
+    def stamp(self, now: float) -> dict[str, Any]:
+        """Return what each event of the running turn has; ``now`` in seconds since the epoch."""
+        return {"seq": self.state.seq + 1, "turn_id": self.turn.id, "at": now}
 
     def record(self, event: AnyEvent) -> tuple[Command, ...]:
         """Move the state by an event that is not durable yet; return what follows from it."""
@@ -108,6 +125,20 @@ class SessionActor:
             ended_status=ended_status,
         )
         return append, events
+
+    @contextmanager
+    def allow_interrupt(self) -> Generator[None]:
+        """Let ``cancel`` end what is awaited inside, and nothing outside."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self.interruptible = task
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.cancel_requested or self.dropped:
+                raise
+            task.uncancel()
+        finally:
+            self.interruptible = None
 
     def cancel(self, turn_id: str) -> bool:
         """Interrupt the turn if it runs; return whether it does."""

@@ -51,12 +51,10 @@ class DedicatedSession:
     is under way and whose turn does not end in time raises it too.
     """
 
-    def __init__(
-        self, settings: Settings, simulator_url: str | None, tenant: str, session_id: str
-    ) -> None:
+    def __init__(self, settings: Settings, models_url: str, tenant: str, session_id: str) -> None:
         configure_logging(settings.log)
         self._settings = settings
-        self._simulator_url = simulator_url
+        self._models_url = models_url
         self._tenant = tenant
         self._id = session_id
         self._lock = asyncio.Lock()
@@ -71,7 +69,7 @@ class DedicatedSession:
             if self._process is None and self._leaving is None:
                 process = OwnerProcess(
                     self._settings,
-                    simulator_url=self._simulator_url,
+                    models_url=self._models_url,
                     placement="dedicated",
                     address=(
                         f"{cast(Any, ray).util.get_node_ip_address()}/"
@@ -258,9 +256,7 @@ def end_all(*, timeout_s: float) -> None:
         time.sleep(_END_POLL_S)
 
 
-def launcher(
-    settings: Settings, simulator_url: str | None
-) -> Callable[[str, str], Awaitable[None]]:
+def launcher(settings: Settings, models_url: str) -> Callable[[str, str], Awaitable[None]]:
     """Return a function that sees that a dedicated session's actor lives and has its session."""
     remote = cast(Any, ray).remote(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1_000
@@ -288,7 +284,7 @@ def launcher(
                 )
             actor = remote.options(
                 name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-            ).remote(settings, simulator_url, tenant, session_id)
+            ).remote(settings, models_url, tenant, session_id)
         return actor.activate.remote()
 
     async def launch(tenant: str, session_id: str) -> None:

@@ -35,7 +35,7 @@ class SessionHost:
     async def __init__(
         self,
         settings: Settings,
-        simulator_url: str | None,
+        models_url: str,
         open_door: Callable[[OwnerProcess], None],
         is_draining: Callable[[], Awaitable[bool]],
     ) -> None:
@@ -45,10 +45,10 @@ class SessionHost:
         self._is_draining = is_draining
         self._process = OwnerProcess(
             settings,
-            simulator_url=simulator_url,
+            models_url=models_url,
             placement="shared",
             address=f"{node_ip}/{context.replica_tag}/{os.getpid()}",
-            launch_dedicated=launcher(settings, simulator_url),
+            launch_dedicated=launcher(settings, models_url),
             hint=context.replica_tag,
         )
         self._calls = SessionCalls(self._process.sessions)

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
+from msgspec.structs import replace
+
 from agentray.clock import Clock
 from agentray.errors import ModelUnavailableError
 from agentray.models.base import ModelCaller, ModelProgress, ModelRequest
@@ -22,7 +24,7 @@ _NOBODY_THERE = (502, 503, 504)
 
 class PatientModels:
     """A ``ModelCaller`` that calls again while no connection comes about, or a proxy says that
-    nobody is behind it.
+    nobody is behind it, if the request is ``patient``.
 
     Nothing of an answer has come then, so nothing is repeated and nothing was paid for; it counts
     as one call. Every other error is for the caller to judge.
@@ -35,7 +37,9 @@ class PatientModels:
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
         """Call and yield progress. Raises as ``ModelCaller.stream`` does."""
-        give_up_at = self._clock.monotonic() + self._patience_s
+        clock = self._clock
+        ends_at = None if request.timeout_s is None else clock.monotonic() + request.timeout_s
+        give_up_at = clock.monotonic() + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
             answer = cast("AsyncGenerator[ModelProgress]", self._models.stream(request))
@@ -48,9 +52,13 @@ class PatientModels:
                 return
             except ModelUnavailableError as error:
                 nobody = error.fields.get("status") in _NOBODY_THERE
-                if begun or not (nobody or error.fields.get("unreached")):
+                if begun or not request.patient or not (nobody or error.fields.get("unreached")):
                     raise
-                if self._clock.monotonic() + pause_s > give_up_at:
+                resumes_at = clock.monotonic() + pause_s
+                if resumes_at > give_up_at or (ends_at is not None and resumes_at >= ends_at):
                     raise
             await asyncio.sleep(pause_s)
+            if ends_at is not None:
+                # All the calls together have the time of one.
+                request = replace(request, timeout_s=max(0.0, ends_at - clock.monotonic()))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

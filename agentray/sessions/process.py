@@ -13,8 +13,14 @@ from agentray.agents.spec import Agents
 from agentray.clock import Clock, SystemClock
 from agentray.config.settings import Settings
 from agentray.errors import AgentRayError
+from agentray.models.base import ModelHealth
+from agentray.models.cache import ResponseCache
+from agentray.models.calls import ModelCalls
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient
+from agentray.models.completions import Completions
+from agentray.models.embeddings import Embeddings
+from agentray.models.router import Router
 from agentray.sessions.base import Placement
 from agentray.sessions.drain import drain
 from agentray.sessions.following import Following
@@ -29,6 +35,7 @@ from agentray.sessions.state import Rules
 from agentray.sessions.stream import Hub, TailWriter, WireMessage
 from agentray.storage.postgres import PostgresStore
 from agentray.storage.redis import RedisStore
+from agentray.storage.redis_answers import RedisAnswers
 from agentray.telemetry.exposition import Exposition
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
@@ -51,12 +58,13 @@ class OwnerProcess:
         self,
         settings: Settings,
         *,
-        simulator_url: str | None,
+        models_url: str,
         placement: Placement,
         address: str,
         launch_dedicated: Callable[[str, str], Awaitable[None]] | None,
         hint: str | None = None,
         clock: Clock | None = None,
+        served_health: Callable[[str], ModelHealth] | None = None,
     ) -> None:
         if settings.postgres.url is None or settings.redis.url is None:
             raise ValueError("an owner process needs the addresses of PostgreSQL and Redis")
@@ -64,8 +72,15 @@ class OwnerProcess:
         sessions = settings.sessions
         self.settings = settings
         self.metrics = Metrics()
-        self.catalog = Catalog(settings.models, simulator_url)
-        self.models = ModelClient(self.catalog, settings.models)
+        self.catalog = Catalog(settings.models, models_url)
+        self._client = ModelClient(self.catalog, settings.models)
+        self.router = Router(
+            self.catalog,
+            settings.models,
+            clock=clock,
+            metrics=self.metrics,
+            served_health=served_health,
+        )
         self.store = PostgresStore(
             settings.postgres.url.get_secret_value(), settings.postgres, term_s=sessions.term_s
         )
@@ -82,6 +97,22 @@ class OwnerProcess:
         self._hubs: dict[Key, Hub] = {}
         self._hint = hint
         tools = Toolbox([ECHO])
+        self._answers = RedisAnswers(
+            settings.redis.url.get_secret_value(),
+            settings.redis,
+            settings.models.cache,
+            clock=clock,
+        )
+        self._cache = ResponseCache(
+            self._answers,
+            settings.models.cache,
+            clock,
+            self.metrics,
+            owner=self.ownership.owner_id,
+        )
+        patient = PatientModels(self._client, clock)
+        self.completions = Completions(self.router, self._client, settings.models, self._cache)
+        self.embeddings = Embeddings(self.router, self._client, settings.models)
         runtime = SessionRuntime(
             owner_id=self.ownership.owner_id,
             journal=self._journal,
@@ -89,9 +120,8 @@ class OwnerProcess:
             wire=self.redis,
             tails=self._tails,
             confirm=self.ownership.confirm,
-            models=PatientModels(self.models, clock),
-            continues_text=lambda name: self.catalog.resolve(name).continues_text,
-            default_model=self.catalog.default,
+            router=self.router,
+            models=ModelCalls(self.router, patient, settings.models, self._cache),
             agents=self.agents,
             tools=tools,
             clock=clock,
@@ -141,9 +171,15 @@ class OwnerProcess:
         self.ownership.verify = self.residents.verify
         self.residents.on_claim = self._claimed
         self._exposition = Exposition(
-            self.metrics.registry, self.ownership.owner_id, self.redis, self._observe
+            self.metrics.registry,
+            self.ownership.owner_id,
+            self.redis,
+            self._observe,
+            # Processes of dedicated sessions come and go by the thousand.
+            keep_counts_s=86_400.0 if placement == "shared" else 3_600.0,
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._closers: list[Callable[[], Awaitable[None]]] = []
         self.failure: BaseException | None = None
         """What ended a part that must run for ever: this process is to be replaced."""
         self._beside: set[asyncio.Task[None]] = set()
@@ -159,6 +195,8 @@ class OwnerProcess:
             max_steps=self.agents.get(agent).max_steps,
             model_attempts=self.settings.models.attempts,
             recovery_attempts=sessions.recovery_attempts,
+            step_timeout_s=self.settings.models.step_timeout_s,
+            step_cost_cap=self.settings.models.routing.step_cost_cap,
         )
 
     async def start(self) -> None:
@@ -181,6 +219,16 @@ class OwnerProcess:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("owner_task_ended", error=repr(error))
             self.failure = error
+
+    def attach(
+        self, run: Coroutine[Any, Any, None], *closers: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Run something for as long as this process runs; ``closers`` are called, in order, when
+        it was cancelled. If it ends by itself, the process is to be replaced."""
+        task = asyncio.get_running_loop().create_task(run)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+        self._closers += closers
 
     async def drain(self) -> None:
         """End endless streams and release sessions as their turns end; nothing is taken over.
@@ -208,12 +256,16 @@ class OwnerProcess:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
+        for close in self._closers:
+            await close()
         await self._journal.stop()
         await self._tails.stop()
         await self.following.close()
         await self.ownership.leave()
+        await self._cache.close()
+        await self._answers.close()
         await self.redis.close()
-        await self.models.close()
+        await self._client.close()
         await self.store.close()
         log.info("owner_stopped", owner=self.ownership.owner_id)
 
@@ -234,7 +286,7 @@ class OwnerProcess:
     def _observe(self) -> None:
         self.metrics.resident.set(len(self.residents))
         self.metrics.running.set(self.residents.running)
-        self.metrics.cache_failures.set(self.redis.failures)
+        self.metrics.cache_failures.set(self.redis.failures + self._answers.failures)
 
     async def _listen(self) -> None:
         async with contextlib.aclosing(

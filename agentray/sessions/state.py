@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from agentray.errors import SessionsError
+from agentray.errors import ModelContextLengthError, SessionsError
 from agentray.events import (
     AnyEvent,
     ModelCalled,
@@ -46,6 +46,7 @@ from agentray.memory.window import (
 
 __all__ = [
     "CANCELLED",
+    "CONTEXT_LENGTH",
     "OWNER_LOST",
     "CallModel",
     "CallTools",
@@ -61,7 +62,6 @@ __all__ = [
     "ToolState",
     "Turn",
     "advance",
-    "after_model_error",
     "fold",
     "resume",
 ]
@@ -70,6 +70,9 @@ Phase = Literal["accepted", "model", "tools", "finishing"]
 
 OWNER_LOST = "owner_lost"
 """The reason of an attempt that was voided because its session's owner died."""
+
+CONTEXT_LENGTH = ModelContextLengthError.code
+"""The reason of an attempt whose prompt did not fit the model's context window."""
 
 
 class JournalCorruptError(SessionsError):
@@ -85,6 +88,8 @@ class Rules(msgspec.Struct, frozen=True):
     max_steps: int = 16
     model_attempts: int = 3
     recovery_attempts: int = 5
+    step_timeout_s: float = 300.0
+    step_cost_cap: float | None = None
 
 
 class ToolState(msgspec.Struct, frozen=True):
@@ -101,8 +106,10 @@ class Turn(msgspec.Struct, frozen=True):
 
     ``messages`` are the fragments of its input and of its settled steps. ``text`` is what the
     step's voided attempts left to be continued, ``partial`` what they had streamed in any case.
-    ``failures`` counts attempts of this step that the model lost, ``takeovers`` those of owners
-    since something was last settled.
+    ``failures`` counts attempts of this step that models lost, ``lost`` names those models, and
+    ``takeovers`` counts those of owners since something was last settled. ``model`` is the one
+    that was called last, ``overflowed`` the one whose context window was too short for this turn.
+    The step began at ``step_at`` and cost ``step_cost`` US dollars so far, the turn ``cost``.
     """
 
     id: str
@@ -119,8 +126,16 @@ class Turn(msgspec.Struct, frozen=True):
     partial: str = ""
     calls_fragment: bytes = b""
     tools: tuple[ToolState, ...] = ()
+    failed_tools: int = 0
     usage: Usage = Usage()
     end: EndTurn | None = None
+    model: str = ""
+    lost: tuple[str, ...] = ()
+    overflowed: str | None = None
+    escalated: bool = False
+    step_at: float = 0.0
+    step_cost: float = 0.0
+    cost: float = 0.0
 
 
 class CallModel(msgspec.Struct, frozen=True):
@@ -241,25 +256,45 @@ def _model_called(turn: Turn, event: ModelCalled, rules: Rules) -> tuple[Turn, t
             f"step {event.step} attempt {event.attempt} begins in phase {turn.phase}, "
             f"step {turn.step} attempt {turn.attempt}"
         )
-    return replace(turn, phase="model", attempt=event.attempt, called_seq=event.seq), _RUN
+    step_at = turn.step_at if turn.attempt else event.at
+    return (
+        replace(
+            turn,
+            phase="model",
+            attempt=event.attempt,
+            called_seq=event.seq,
+            model=event.model,
+            step_at=step_at,
+        ),
+        _RUN,
+    )
 
 
 def _model_voided(turn: Turn, event: ModelVoided, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     _expect_attempt(turn, event.step, event.attempt)
-    lost_by_owner = event.reason == OWNER_LOST
+    model = event.model or turn.model
+    overflowed = event.reason == CONTEXT_LENGTH
+    by_model = event.reason != OWNER_LOST and not overflowed and not event.escalates
     turn = replace(
         turn,
         phase="accepted",
         text=event.text if event.continues else "",
         partial=event.text,
-        failures=turn.failures + (not lost_by_owner),
+        failures=turn.failures + by_model,
+        model=model,
+        lost=(*turn.lost, model) if by_model and not event.continues else turn.lost,
+        overflowed=model if overflowed else turn.overflowed,
+        escalated=turn.escalated or event.escalates,
+        step_cost=turn.step_cost + event.cost,
+        cost=turn.cost + event.cost,
     )
     return turn, (CallModel(turn.step, turn.attempt + 1, len(turn.text)),)
 
 
 def _model_failed(turn: Turn, event: ModelFailed, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     _expect_attempt(turn, event.step, event.attempt)
-    return _ending(replace(turn, partial=event.text), EndTurn("failed", event.error))
+    turn = replace(turn, partial=event.text, cost=turn.cost + event.cost)
+    return _ending(turn, EndTurn("failed", event.error))
 
 
 def _model_finished(
@@ -274,6 +309,10 @@ def _model_finished(
         takeovers=0,
         attempt=0,
         usage=turn.usage + event.usage,
+        model=event.model or turn.model,
+        lost=(),
+        step_cost=0.0,
+        cost=turn.cost + event.cost,
     )
     if event.tool_calls:
         tools = tuple(ToolState(call) for call in event.tool_calls)
@@ -304,7 +343,8 @@ def _tool_finished(
 ) -> tuple[Turn, tuple[Command, ...]]:
     found = _tool(turn, event.call_id)
     turn = _with_tool(turn, replace(found, settled=True, output=event.output))
-    turn = replace(turn, takeovers=0)
+    failed = turn.failed_tools + (event.status == "error")
+    turn = replace(turn, takeovers=0, failed_tools=failed)
     if not all(tool.settled for tool in turn.tools):
         return turn, _NOTHING
     results = _results(turn, [tool.output for tool in turn.tools])
@@ -323,7 +363,8 @@ def _tool_finished(
 
 
 def _turn_resumed(turn: Turn, event: TurnResumed, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
-    return replace(turn, takeovers=turn.takeovers + 1), _NOTHING
+    # Time in which nobody owned the turn is not the step's.
+    return replace(turn, takeovers=turn.takeovers + 1, step_at=event.at), _NOTHING
 
 
 _IN_TURN: dict[type, Callable[..., tuple[Turn, tuple[Command, ...]]]] = {
@@ -404,21 +445,3 @@ def resume(
             commands.append(CallTools(tuple((t.call, t.attempt + 1) for t in again)))
         return tuple(commands)
     return (CallModel(turn.step, turn.attempt + 1, len(turn.text)),)
-
-
-def after_model_error(
-    turn: Turn, *, retryable: bool, error: TurnError, text: str, continues: bool, rules: Rules
-) -> ModelVoided | ModelFailed:
-    """Return the event of an attempt that a model lost: voided to try again, or failed.
-
-    ``text`` is what the step had streamed. Its ``seq`` and ``at`` are for the caller to set.
-    """
-    where = {"step": turn.step, "attempt": turn.attempt, "turn_id": turn.id, "seq": 0, "at": 0.0}
-    if retryable and turn.failures + 1 < rules.model_attempts:
-        return ModelVoided(
-            **where,  # type: ignore[arg-type]
-            reason=error.code,
-            text=text,
-            continues=continues and bool(text),
-        )
-    return ModelFailed(**where, error=error, text=text)  # type: ignore[arg-type]

@@ -10,10 +10,12 @@ import msgspec
 __all__ = [
     "Accepted",
     "Acceptance",
+    "AnswerStore",
     "Append",
     "AppendResult",
     "Claim",
     "DurableStore",
+    "FlightBegun",
     "HotCopy",
     "HotStore",
     "OpenTurn",
@@ -349,4 +351,46 @@ class Wire(Protocol):
 
     def listen(self, owner: str) -> AsyncIterator[bytes]:
         """Yield the messages for an owner; reconnects by itself."""
+        ...
+
+
+class FlightBegun(msgspec.Struct, frozen=True):
+    """What is to be done about a call.
+
+    ``answer``: nothing, its answer is there. ``leads``: make it, and say how it ended. ``waits``:
+    another makes it now; ask again. ``alone``: make it without telling anybody, because its
+    answer cannot be shared.
+    """
+
+    outcome: Literal["answer", "leads", "waits", "alone"]
+    answer: bytes = b""
+
+
+class AnswerStore(Protocol):
+    """Answers by the digest of what was asked, and which of them are being fetched, by a flight.
+
+    Everything in it may be lost at any time. Every method raises ``StorageUnavailableError``,
+    within the store's own time limit.
+    """
+
+    async def begin_flight(self, key: str, flight: str, *, term_s: float) -> FlightBegun:
+        """Return the answer, or enter a flight that will bring it; one of all that ask leads.
+
+        The flight is forgotten ``term_s`` behind its last sign of life.
+        """
+        ...
+
+    async def renew_flight(self, key: str, flight: str, *, term_s: float) -> bool:
+        """Give a sign of life; False if the flight does not lead any more."""
+        ...
+
+    async def put(self, key: str, flight: str, answer: bytes) -> None:
+        """Store an answer, and end the flight if it leads."""
+        ...
+
+    async def end_flight(self, key: str, flight: str, *, alone_s: float = 0.0) -> None:
+        """End a flight without an answer, if it leads: the next that asks will lead.
+
+        With ``alone_s``, whoever asks within that time is told to call alone.
+        """
         ...

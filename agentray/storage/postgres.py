@@ -11,8 +11,6 @@ from weakref import WeakValueDictionary
 import msgspec
 import psycopg
 from psycopg import AsyncConnection
-from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from agentray.config.settings import PostgresSettings
 from agentray.errors import StorageError, StorageUnavailableError
@@ -28,29 +26,12 @@ from agentray.storage.base import (
     TurnRow,
 )
 from agentray.storage.postgres_append import AppendConnection
+from agentray.storage.postgres_pool import Pool, connect_arguments, new_pool, run, translated
 from agentray.storage.schema import MIGRATIONS
 
 __all__ = ["PostgresStore", "forget_hosts", "migrate"]
 
 _MIGRATION_LOCK = 0x61_67_72_61_79
-
-_Pool = AsyncConnectionPool[AsyncConnection[dict[str, Any]]]
-
-
-def _unavailable(error: Exception) -> StorageUnavailableError:
-    return StorageUnavailableError(f"PostgreSQL: {str(error).strip() or type(error).__name__}")
-
-
-@asynccontextmanager
-async def _translated() -> AsyncGenerator[None]:
-    try:
-        yield
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
-        raise _unavailable(error) from error
-    except TimeoutError as error:
-        raise StorageUnavailableError("PostgreSQL did not answer in time") from error
-    except psycopg.Error as error:
-        raise StorageError(f"PostgreSQL refused a statement: {error}") from error
 
 
 async def migrate(url: str, *, timeout_s: float = 10.0) -> None:
@@ -60,7 +41,7 @@ async def migrate(url: str, *, timeout_s: float = 10.0) -> None:
         StorageUnavailableError: the server cannot be reached.
         StorageError: the schema is newer than this program, or a statement was refused.
     """
-    async with _translated():
+    async with translated():
         connection = await AsyncConnection.connect(
             url, autocommit=True, connect_timeout=max(1, int(timeout_s))
         )
@@ -91,7 +72,7 @@ async def forget_hosts(url: str) -> None:
     Raises:
         StorageUnavailableError: the server cannot be reached.
     """
-    async with _translated(), await AsyncConnection.connect(url, autocommit=True) as connection:
+    async with translated(), await AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute("DELETE FROM hosts")
 
 
@@ -110,32 +91,12 @@ class PostgresStore:
         self._term_s = term_s
         self._journal: AppendConnection | None = None
         self._waits: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        options = f"-c statement_timeout={int(settings.statement_timeout_s * 1000)}"
-        self._connect_args: dict[str, Any] = {
-            "autocommit": True,
-            "options": options,
-            "connect_timeout": max(1, int(settings.connect_timeout_s)),
-            "prepare_threshold": 2,
-        }
-        self._pool = self._new_pool(settings.pool_size)
-        self._life = self._new_pool(1)
-
-    def _new_pool(self, size: int) -> _Pool:
-        return AsyncConnectionPool(
-            self._url,
-            kwargs={**self._connect_args, "row_factory": dict_row},
-            connection_class=AsyncConnection[dict[str, Any]],
-            min_size=1,
-            max_size=size,
-            timeout=self._settings.connect_timeout_s,
-            reconnect_timeout=0,
-            check=None,
-            open=False,
-        )
+        self._pool = new_pool(url, settings, settings.pool_size)
+        self._life = new_pool(url, settings, 1)
 
     async def open(self) -> None:
         """Connect. Raises ``StorageUnavailableError``."""
-        async with _translated():
+        async with translated():
             await self._pool.open(wait=False)
             await self._life.open(wait=False)
         await self.ping()
@@ -150,24 +111,16 @@ class PostgresStore:
         await self._rows("SELECT 1", [])
 
     async def _rows(
-        self, statement: str, params: Sequence[Any], pool: _Pool | None = None
+        self, statement: str, params: Sequence[Any], pool: Pool | None = None
     ) -> list[dict[str, Any]]:
-        pool = pool or self._pool
-        async with _translated(), asyncio.timeout(self._settings.statement_timeout_s):
-            try:
-                async with pool.connection() as connection:
-                    cursor = await connection.execute(statement.encode(), params)
-                    return await cursor.fetchall() if cursor.description else []
-            except psycopg.OperationalError:
-                # A server that restarted leaves dead connections in the pool: weed them out.
-                await pool.check()
-                raise
+        timeout_s = self._settings.statement_timeout_s
+        return await run(pool or self._pool, statement, params, timeout_s=timeout_s)
 
     @asynccontextmanager
     async def _waiting(self, tenant: str, session_id: str) -> AsyncGenerator[None]:
         """Let one statement at a time wait for a session's row."""
         lock = self._waits.setdefault((tenant, session_id), asyncio.Lock())
-        async with _translated(), asyncio.timeout(self._settings.statement_timeout_s), lock:
+        async with translated(), asyncio.timeout(self._settings.statement_timeout_s), lock:
             yield
 
     # The journal
@@ -175,10 +128,12 @@ class PostgresStore:
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         settings = self._settings
         timeout_s = settings.connect_timeout_s + settings.statement_timeout_s
-        async with _translated(), asyncio.timeout(timeout_s):
+        async with translated(), asyncio.timeout(timeout_s):
             try:
                 if self._journal is None or self._journal.closed:
-                    self._journal = await AppendConnection.open(self._url, **self._connect_args)
+                    self._journal = await AppendConnection.open(
+                        self._url, **connect_arguments(settings)
+                    )
                 return await self._journal.append(appends)
             except (psycopg.OperationalError, psycopg.InterfaceError, asyncio.CancelledError):
                 # The answer may have been lost: never read it for another statement.

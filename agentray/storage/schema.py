@@ -78,6 +78,81 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (tenant, session_id, seq)
     );
 
+    -- Of files, in pieces: a value of PostgreSQL is in memory whole. Ids are in order of age.
+    CREATE TABLE files (
+        tenant     text COLLATE "C" NOT NULL,
+        id         text COLLATE "C" NOT NULL,
+        purpose    text NOT NULL,
+        filename   text NOT NULL,
+        size_bytes bigint NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        expires_at timestamptz,
+        PRIMARY KEY (tenant, id)
+    );
+    CREATE INDEX files_expiring ON files (expires_at) WHERE expires_at IS NOT NULL;
+
+    CREATE TABLE file_pieces (
+        tenant  text COLLATE "C" NOT NULL,
+        file_id text COLLATE "C" NOT NULL,
+        number  int NOT NULL,
+        body    bytea NOT NULL,
+        PRIMARY KEY (tenant, file_id, number)
+    );
+
+    CREATE TABLE batches (
+        tenant           text COLLATE "C" NOT NULL,
+        id               text COLLATE "C" NOT NULL,
+        input_file_id    text NOT NULL,
+        endpoint         text NOT NULL,
+        metadata         json,
+        status           text NOT NULL DEFAULT 'validating',
+        errors           json,
+        created_at       timestamptz NOT NULL DEFAULT now(),
+        expires_at       timestamptz NOT NULL,
+        in_progress_at   timestamptz,
+        finalizing_at    timestamptz,
+        completed_at     timestamptz,
+        failed_at        timestamptz,
+        expired_at       timestamptz,
+        cancelling_at    timestamptz,
+        cancelled_at     timestamptz,
+        total            bigint NOT NULL DEFAULT 0,
+        completed        bigint NOT NULL DEFAULT 0,
+        failed           bigint NOT NULL DEFAULT 0,
+        input_tokens     bigint NOT NULL DEFAULT 0,
+        cached_tokens    bigint NOT NULL DEFAULT 0,
+        output_tokens    bigint NOT NULL DEFAULT 0,
+        reasoning_tokens bigint NOT NULL DEFAULT 0,
+        output_file_id   text,
+        error_file_id    text,
+        output_ttl_s     float8 NOT NULL,
+        claimed_by       text COLLATE "C",
+        leased_until     timestamptz,
+        PRIMARY KEY (tenant, id)
+    ) WITH (fillfactor = 50);
+    CREATE INDEX batches_open ON batches (created_at)
+        WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+
+    -- A line runs while it is claimed and not due, waits while it is neither, and may be taken
+    -- when it is due. Its line of a file is head and result.
+    CREATE TABLE batch_lines (
+        tenant     text COLLATE "C" NOT NULL,
+        batch_id   text COLLATE "C" NOT NULL,
+        number     int NOT NULL,
+        head       bytea NOT NULL,
+        body       bytea,
+        due_at     timestamptz NOT NULL DEFAULT now(),
+        claimed_by text COLLATE "C",
+        attempts   int NOT NULL DEFAULT 0,
+        succeeded  boolean,
+        result     bytea,
+        PRIMARY KEY (tenant, batch_id, number)
+    );
+    CREATE INDEX batch_lines_due ON batch_lines (tenant, batch_id, due_at, number)
+        WHERE result IS NULL;
+    CREATE INDEX batch_lines_claimed ON batch_lines (claimed_by, tenant, batch_id)
+        WHERE claimed_by IS NOT NULL;
+
     -- Accept a turn for whoever owns the session, in one round trip. Each statement of a volatile
     -- function has a snapshot of its own: what follows the row's lock sees what came before it.
     CREATE FUNCTION accept_turn(

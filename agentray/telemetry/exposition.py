@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 __all__ = ["Exposition", "MetricsBoard"]
 
 _PUBLISH_S = 2.0
+_COUNTS_OF = "counts/"
+_ADDING_UP = ("counter", "histogram", "summary")
 
 
 class MetricsBoard(Protocol):
@@ -31,7 +33,10 @@ class _Pages(Collector):
 
     def collect(self) -> Iterable[Metric]:
         merged: dict[str, Metric] = {}
-        for host, page in sorted(self._pages.items()):
+        for name, page in sorted(self._pages.items()):
+            host = name.removeprefix(_COUNTS_OF)
+            if host != name and host in self._pages:
+                continue
             for family in text_string_to_metric_families(page.decode()):
                 into = merged.get(family.name)
                 if into is None:
@@ -43,10 +48,22 @@ class _Pages(Collector):
         return merged.values()
 
 
+class _Counts(Collector):
+    """Of a registry only what adds up over time."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        return (family for family in self._registry.collect() if family.type in _ADDING_UP)
+
+
 class Exposition:
     """Posts this host's metrics every two seconds, and reads those of the others.
 
-    Each sample gets a label ``host``. While the board is away the page shows this host alone.
+    Each sample gets a label ``host``. What a host counted stays on the page for
+    ``keep_counts_s`` after it has left, because work that was done is not undone by that; its
+    gauges leave with it. While the board is away the page shows this host alone.
     """
 
     def __init__(
@@ -55,11 +72,16 @@ class Exposition:
         host: str,
         board: MetricsBoard,
         observe: Callable[[], None],
+        *,
+        keep_counts_s: float = 86_400.0,
     ) -> None:
         self._registry = registry
+        self._counts = CollectorRegistry()
+        self._counts.register(_Counts(registry))
         self._host = host
         self._board = board
         self._observe = observe
+        self._keep_counts_s = keep_counts_s
 
     def _own(self) -> bytes:
         self._observe()
@@ -69,12 +91,20 @@ class Exposition:
         """Post until cancelled."""
         while True:
             await self._board.post_metrics(self._host, self._own(), ttl_s=3 * _PUBLISH_S)
+            counts = generate_latest(self._counts)
+            name = _COUNTS_OF + self._host
+            await self._board.post_metrics(name, counts, ttl_s=self._keep_counts_s)
             await asyncio.sleep(_PUBLISH_S)
 
     async def page(self) -> bytes:
         """Return the metrics of all hosts in Prometheus' text format."""
         pages = await self._board.read_metrics()
         pages[self._host] = self._own()
-        registry = CollectorRegistry()
-        registry.register(_Pages(pages))
-        return generate_latest(registry)
+        # There can be hundreds of pages: the event loop has better to do meanwhile.
+        return await asyncio.to_thread(_merge, pages)
+
+
+def _merge(pages: dict[str, bytes]) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(_Pages(pages))
+    return generate_latest(registry)

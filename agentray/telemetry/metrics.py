@@ -39,6 +39,48 @@ class Metrics:
         self.model_errors = Counter(
             "agentray_model_errors", "Model calls that were lost, by code.", ["code"], registry=r
         )
+        self.model_calls = Counter(
+            "agentray_model_calls",
+            "Model calls of steps, by how they ended: answered, lost, rejected (the answer failed"
+            " its checks), cancelled.",
+            ["model", "tier", "kind", "outcome", "held_out"],
+            registry=r,
+        )
+        self.model_tokens = Counter(
+            "agentray_model_tokens",
+            "Tokens of model calls, by direction: input (not cached), cached, output.",
+            ["model", "direction"],
+            registry=r,
+        )
+        self.model_cost = Counter(
+            "agentray_model_cost_dollars",
+            "Cost of model calls, lost ones too, in US dollars.",
+            ["model", "tier"],
+            registry=r,
+        )
+        self.always_large_cost = Counter(
+            "agentray_always_large_cost_dollars",
+            "What the answered calls would have cost on the first model of the large tier, in US"
+            " dollars.",
+            registry=r,
+        )
+        self.escalations = Counter(
+            "agentray_escalations",
+            "Steps that went to the next tier because an answer failed its checks, by the model"
+            " that gave it.",
+            ["model"],
+            registry=r,
+        )
+        self.answer_cache = Counter(
+            "agentray_answer_cache",
+            "Calls that the answer cache was asked about: hit, shared (with an equal call), miss,"
+            " unavailable (Redis was away).",
+            ["result"],
+            registry=r,
+        )
+        self.breaker_open = Gauge(
+            "agentray_breaker_open", "1 while a model's breaker is open.", ["model"], registry=r
+        )
         self.resident = Gauge("agentray_sessions_resident", "Sessions in memory.", registry=r)
         self.running = Gauge("agentray_turns_running", "Turns that run now.", registry=r)
         self.cache_failures = Gauge(

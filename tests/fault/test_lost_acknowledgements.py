@@ -94,13 +94,13 @@ def folder() -> Any:
 
 @asynccontextmanager
 async def simulator() -> AsyncIterator[str]:
-    """Serve a simulator; yield its base URL."""
+    """Serve a simulator; yield the address below which it is served."""
     app = Simulator(SimulatorSettings(tps=2_000))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         await until(lambda: server.started, what="the simulator serves")
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/models"
         server.should_exit = True
         await serving
 
@@ -141,7 +141,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
             )
             process = OwnerProcess(
                 settings,
-                simulator_url=url,
+                models_url=url,
                 placement="shared",
                 address="here/owner/0",
                 launch_dedicated=_no_dedicated,

@@ -19,8 +19,17 @@ SETTINGS = {
     # Short, so that a reader that takes nothing is dropped while a test watches.
     "http": {"stream_write_timeout_s": 2, "keepalive_s": 1},
     "sessions": {"idle_s": 15},
-    "models": {"simulator": {"tps": 2_000}},
+    "models": {"simulator": {"enabled": True, "tps": 2_000}},
 }
+
+
+def add_embedder(system: System) -> System:
+    """Let a system that has not started yet have a model for embeddings: the simulator's."""
+    card = {"kind": "embedding"}
+    embedder = {"url": f"{system.url}/models/simulator/v1", "card": card}
+    models = {**system.settings["models"], "endpoints": {"embedder": embedder}}
+    system.settings["models"] = models
+    return system
 
 
 @pytest.fixture(scope="package")
@@ -37,7 +46,7 @@ def system() -> Iterator[System]:
         return
     # Not below pytest's own folders: they are kept after the tests, and this is a database.
     folder = Path(tempfile.mkdtemp(prefix="agentray-test-"))
-    system = System(folder / "data", settings=SETTINGS).start()
+    system = add_embedder(System(folder / "data", settings=SETTINGS)).start()
     try:
         yield system
         system.stop()

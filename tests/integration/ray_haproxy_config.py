@@ -1,7 +1,8 @@
 """Write the HAProxy configuration that Ray Serve makes for given backends, by Ray's own code.
 
-Reads ``{"dir", "port", "metrics_port", "stats_port", "backends": {route: [[name, port], …]}}``
-from standard input; the configuration is ``dir/haproxy.cfg``.
+Reads ``{"dir", "port", "metrics_port", "stats_port", "backends": {route: [[name, port], …]},
+"routers": {route: port}, "fallback_port"}`` from standard input; the configuration is
+``dir/haproxy.cfg``. ``routers`` are Ray's, which pick the replica of each call to a route.
 """
 
 from __future__ import annotations
@@ -35,10 +36,17 @@ if __name__ == "__main__":
                 path_prefix=route,
                 app_name=f"app-{number}",
                 servers=[
-                    haproxy.ServerConfig(name=name, host="127.0.0.1", port=port)
+                    haproxy.ServerConfig(name=name, host="127.0.0.1", port=port, replica_id=name)
                     for name, port in servers
                 ],
-                fallback_server=haproxy.ServerConfig(name="proxy", host="127.0.0.1", port=1),
+                ingress_request_router_servers=[
+                    haproxy.ServerConfig(name="router", host="127.0.0.1", port=port)
+                    for routed, port in wanted["routers"].items()
+                    if routed == route
+                ],
+                fallback_server=haproxy.ServerConfig(
+                    name="proxy", host="127.0.0.1", port=wanted["fallback_port"]
+                ),
             )
             for number, (route, servers) in enumerate(wanted["backends"].items())
         },

@@ -203,10 +203,21 @@ TABLE: list[tuple[str, str, Any, int, str, str | None]] = [
     (
         "POST",
         "/v1/responses",
-        {"input": "x", "text": {"format": {"type": "json_object"}}},
+        {"input": "x", "text": {"format": {"type": "grammar"}}},
         400,
         "unsupported_parameter",
         "text.format.type",
+    ),
+    (
+        "POST",
+        "/v1/responses",
+        {
+            "input": "x",
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "x"}}},
+        },
+        400,
+        "invalid_request",
+        "text.format.schema",
     ),
     (
         "POST",

@@ -205,7 +205,7 @@ def test_the_status_is_told(run: Command, system: System) -> None:
     assert found["ready"] is True
     assert found["url"] == system.url
     assert found["host"]["store_ok"] is found["host"]["cache_ok"] is True
-    assert found["system"]["models"] == ["simulator"]
+    assert found["system"]["models"] == ["embedder", "simulator"]
     assert found["system"]["hosts"] == len(system.hosts())
     assert f"agentray at {system.url}: ready" in run("status").stdout
 

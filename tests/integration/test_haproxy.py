@@ -32,9 +32,12 @@ SESSIONS = [new_session_id() for _ in range(600)]
 
 
 class Host:
-    """A tiny backend that answers with its name and with what it got."""
+    """A tiny backend that answers with its name and with what it got.
 
-    def __init__(self, name: str) -> None:
+    One that ``picks`` answers as Ray's router does that has picked this replica.
+    """
+
+    def __init__(self, name: str, *, picks: str = "") -> None:
         self.name = name
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,7 +48,8 @@ class Host:
             def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 headers = {key.lower(): value for key, value in self.headers.items()}
-                answer = json.dumps({"host": name, "headers": headers, "size": len(body)}).encode()
+                found = {"host": name, "headers": headers, "size": len(body), "replica_id": picks}
+                answer = json.dumps(found).encode()
                 self.send_response(200)
                 self.send_header("content-length", str(len(answer)))
                 self.end_headers()
@@ -83,8 +87,19 @@ class Proxy:
         self._old: list[subprocess.Popen[bytes]] = []
         self._connection: HTTPConnection | None = None
 
-    def load(self, backends: dict[str, list[Host]]) -> None:
-        """Start with these backends by their routes, or reload."""
+    def load(
+        self,
+        backends: dict[str, list[Host]],
+        *,
+        models: str = "",
+        routers: dict[str, Host] | None = None,
+        fallback: Host | None = None,
+    ) -> None:
+        """Start with these backends by their routes, or reload.
+
+        ``models`` is what the wrapper is told of the models, ``routers`` are Ray's that pick the
+        replicas of a route, ``fallback`` is in the place of Ray's own proxy.
+        """
         servers = {
             route: [[host.name, host.port] for host in hosts] for route, hosts in backends.items()
         }
@@ -97,6 +112,8 @@ class Proxy:
                     "metrics_port": self._metrics,
                     "stats_port": self._stats,
                     "backends": servers,
+                    "routers": {route: host.port for route, host in (routers or {}).items()},
+                    "fallback_port": 1 if fallback is None else fallback.port,
                 }
             ),
             text=True,
@@ -117,6 +134,7 @@ class Proxy:
                     **os.environ,
                     "AGENTRAY_INTERNAL_HAPROXY": find_haproxy(),
                     "AGENTRAY_INTERNAL_BIND": "127.0.0.1",
+                    haproxy.MODELS_VARIABLE: models,
                 },
                 stderr=stderr,
             )
@@ -349,6 +367,80 @@ def test_other_applications_are_balanced_by_load_and_see_no_key(
             model.close()
     assert {answer["host"] for answer in seen} == {"model-a", "model-b"}
     assert all(haproxy.NEW_SESSION_HEADER not in answer["headers"] for answer in seen)
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[Host]]:
+    made = [Host(f"SERVE_REPLICA__model-m-LLMServer-{tag}") for tag in ("q1", "b2", "z3")]
+    yield made
+    for host in made:
+        host.close()
+
+
+@pytest.fixture
+def router() -> Iterator[Host]:
+    """Return what answers HAProxy in the place of Ray's router: with no replica's name."""
+    made = Host("router")
+    yield made
+    made.close()
+
+
+def call(proxy: Proxy, session: str | None = None) -> str:
+    headers = {} if session is None else {"x-session-id": session}
+    return proxy.request("POST", "/models/m/v1/chat", body={}, headers=headers)[2]["host"]
+
+
+def test_a_session_stays_on_its_replica_of_a_model_and_few_move_when_one_leaves(
+    proxy: Proxy, hosts: list[Host], replicas: list[Host], router: Host
+) -> None:
+    backends = {"/": hosts, "/models/m": replicas}
+    proxy.load(backends, models="/models/m", routers={"/models/m": router})
+    names = SESSIONS[:120]
+    before = {name: call(proxy, name) for name in names}
+    assert {name: call(proxy, name) for name in names} == before
+    assert set(before.values()) == {replica.name for replica in replicas}
+    # Calls without a session are spread, not hashed: no key would be one and the same replica.
+    assert {call(proxy) for _ in range(12)} == {replica.name for replica in replicas}
+    gone, *left = replicas
+    proxy.load({**backends, "/models/m": left}, models="/models/m", routers={"/models/m": router})
+    for name in names:
+        assert before[name] == gone.name or call(proxy, name) == before[name]
+
+
+def test_a_call_to_a_model_without_replicas_says_when_to_come_back(
+    proxy: Proxy, hosts: list[Host]
+) -> None:
+    for backends in ({"/": hosts}, {"/": hosts, "/models/m": []}):
+        proxy.load(backends, models="/models/m")
+        status, headers, answer = proxy.request("POST", "/models/m/v1/chat", body={})
+        assert status == 503
+        assert int(headers["retry-after"]) >= 1
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert proxy.host_of("alice") in {host.name for host in hosts}
+
+
+def test_a_call_to_a_model_that_starts_on_demand_is_held_by_rays_own_proxy(
+    proxy: Proxy, hosts: list[Host], router: Host
+) -> None:
+    backends = {"/": hosts, "/models/m": []}
+    proxy.load(backends, models="/models/m:on-demand", fallback=router)
+    assert call(proxy, "alice") == router.name
+
+
+def test_where_rays_router_is_to_pick_it_is_asked(
+    proxy: Proxy, hosts: list[Host], replicas: list[Host]
+) -> None:
+    picker = Host("picker", picks=replicas[-1].name)
+    try:
+        backends = {"/": hosts, "/models/m": replicas}
+        proxy.load(backends, models="/models/m:routed", routers={"/models/m": picker})
+        assert {call(proxy, name) for name in SESSIONS[:10]} == {replicas[-1].name}
+    finally:
+        picker.close()
+    # A router that does not answer fails the call, as Ray has it, in our words.
+    status, _, answer = proxy.request("POST", "/models/m/v1/chat", body={})
+    assert status == 503
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_request_for_a_dead_host_is_answered_by_another(proxy: Proxy, hosts: list[Host]) -> None:

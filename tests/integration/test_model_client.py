@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -26,6 +26,20 @@ from agentray.models.base import ModelProgress, ModelRequest
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient, RawStream
 from agentray.models.simulator import Simulator
+from tests.integration.misbehaving import (
+    CLOSE,
+    COMMENT,
+    DONE,
+    END,
+    HANG,
+    SSE,
+    error_body,
+    event,
+    part,
+    response,
+    script,
+    speaking,
+)
 
 FIRST_S, STALL_S, STEP_S = 0.4, 0.3, 1.2
 IMPATIENT = {
@@ -37,9 +51,12 @@ IMPATIENT = {
 
 
 def client_of(url: str, **settings: Any) -> ModelClient:
-    endpoint = {"url": url, "upstream": "org/upstream", "api_key": "sk-secret"}
-    models = ModelsSettings.model_validate({"endpoints": {"m": endpoint}, **settings})
-    return ModelClient(Catalog(models, url), models)
+    endpoints = {
+        "m": {"url": url, "upstream": "org/upstream", "api_key": "sk-secret"},
+        "simulator": {"url": url, "continues_text": True},
+    }
+    models = ModelsSettings.model_validate({"endpoints": endpoints, **settings})
+    return ModelClient(Catalog(models, "http://127.0.0.1:1/models"), models)
 
 
 @asynccontextmanager
@@ -317,100 +334,6 @@ async def test_a_closed_client_says_so(simulator: tuple[Simulator, str]) -> None
 
 
 # --- servers that misbehave --------------------------------------------------------------------
-
-Speaks = Callable[[asyncio.StreamWriter], Awaitable[None]]
-
-
-class Endpoint:
-    """A server that reads each request whole and then speaks as it is told."""
-
-    def __init__(self, speaks: Speaks) -> None:
-        self._speaks = speaks
-        self.connections = 0
-        self.requests: list[tuple[dict[str, str], bytes]] = []
-        self.url = ""
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                lines = head.decode().split("\r\n")[1:]
-                pairs = [line.split(": ", 1) for line in lines if line]
-                headers = {name.lower(): value for name, value in pairs}
-                body = await reader.readexactly(int(headers["content-length"]))
-                self.requests.append((headers, body))
-                await self._speaks(writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def speaking(speaks: Speaks) -> AsyncIterator[Endpoint]:
-    endpoint = Endpoint(speaks)
-    tasks: set[asyncio.Task[None]] = set()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.create_task(endpoint.serve(reader, writer)))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    try:
-        yield endpoint
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def response(
-    status: int, body: bytes, kind: str = "application/json", **headers: str
-) -> list[bytes | float]:
-    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
-    head += "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    return [head.encode() + b"\r\n" + body]
-
-
-SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-END = b"0\r\n\r\n"
-
-
-def part(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-def event(text: str = "", finish: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}
-    return part(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
-
-
-DONE = part(b"data: [DONE]\n\n")
-COMMENT = part(b": still here\n\n")
-HANG = 3600.0
-CLOSE = -1.0
-
-
-def script(steps: list[bytes | float]) -> Speaks:
-    """Speak bytes, pause for seconds, or close the connection."""
-
-    async def speaks(writer: asyncio.StreamWriter) -> None:
-        for step in steps:
-            if isinstance(step, bytes):
-                writer.write(step)
-                await writer.drain()
-            elif step == CLOSE:
-                raise ConnectionError
-            else:
-                await asyncio.sleep(step)
-
-    return speaks
-
-
-def error_body(**error: Any) -> bytes:
-    return json.dumps({"error": error}).encode()
-
 
 COMPLETION = json.dumps({"choices": [{"message": {"content": "hi"}}]}).encode()
 

@@ -30,6 +30,10 @@ from tests.integration.wire import Session, eventually
 from tests.system import System
 
 ENDLESS = script("never read to its end", tokens=10_000, tps=10)
+LINE = (
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body":'
+    b' {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}}'
+)
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -51,6 +55,19 @@ class Seeds:
         body = {"input": "hi", "conversation": self.conversation}
         self.response = http.post("/v1/responses", json=body).json()
         self.item = self.response["output"][0]["id"]
+        self.file = self.upload()
+        self.batch = self.order()
+
+    def upload(self) -> str:
+        form = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", LINE)}}
+        return self.http.post("/v1/files", **form).json()["id"]
+
+    def order(self) -> str:
+        return self.http.post("/v1/batches", json=self.batch_body()).json()["id"]
+
+    def batch_body(self) -> dict[str, Any]:
+        chat = "/v1/chat/completions"
+        return {"input_file_id": self.file, "endpoint": chat, "completion_window": "24h"}
 
     def values(self, operation: str) -> dict[str, str]:
         """Return values for the parameters in an operation's path."""
@@ -72,6 +89,8 @@ class Seeds:
             "conversation_id": self.conversation,
             "item_id": self.item,
             "model": "assistant",
+            "file_id": self.upload() if operation == "delete_file" else self.file,
+            "batch_id": self.order() if operation == "cancel_batch" else self.batch,
         }
 
     def body(self, operation: str, body: Any) -> Any:
@@ -84,6 +103,12 @@ class Seeds:
             return {**rest, "model": "simulator", "idempotency_key": uuid.uuid4().hex}
         if operation == "create_chat_completion":
             return {**rest, "model": "assistant"}
+        if operation == "create_embeddings":
+            return {**rest, "model": "embedder"}
+        if operation == "create_file":
+            return {"purpose": "batch", "file": rest.get("file", LINE)}
+        if operation == "create_batch":
+            return {**rest, **self.batch_body()}
         if operation == "create_conversation":
             return {**rest, "agent": "assistant"}
         if operation == "create_session":

@@ -1,39 +1,17 @@
-"""Sessions on a real model server: ``agentray up --model tiny=URL`` in front of vLLM's own."""
+"""Sessions on a model that agentray serves."""
 
 import asyncio
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 from openai import OpenAI
 
 from agentray.events import ModelFinished, ModelVoided, TurnResumed
 from tests.followed_turn import FollowedTurn
 from tests.system import System, kill, until
+from tests.vllm.served import TOKENS, needs_vllm
 
-URL = os.environ.get("AGENTRAY_VLLM_URL", "")
-
-pytestmark = pytest.mark.skipif(not URL, reason="make test-vllm starts the server that this needs")
-
-# The model never ends by itself, and says one character per token.
-TOKENS = 1_200
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    folder: Path = tmp_path_factory.mktemp("vllm")
-    agent = {"temperature": 0, "max_output_tokens": TOKENS, "tools": []}
-    settings = {
-        "models": {"endpoints": {"tiny": {"url": URL, "continues_text": True}}},
-        "agents": {"assistant": agent},
-    }
-    system = System(folder / "data", settings=settings, arguments=["--model", f"tiny={URL}"])
-    system.start()
-    yield system
-    system.stop()
+pytestmark = needs_vllm
 
 
 def events(system: System, session_id: str, kind: type[Any]) -> list[Any]:

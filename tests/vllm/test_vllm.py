@@ -1,17 +1,15 @@
-"""agentray on a real model server: vLLM's own, on the CPU, with the model of ``tiny_llama``.
+"""The model client on a real model: vLLM served by agentray, with the model of ``tiny_llama``.
 
-``make test-vllm`` starts the server. Its model says one character per token, always speaks on
-until it is stopped, and with temperature 0 says the same to the same conversation.
+It says one character per token, always speaks on until it is stopped, and with temperature 0 says
+the same to the same conversation.
 """
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-import aiohttp
 import pytest
 
 from agentray.config.settings import ModelsSettings
@@ -19,23 +17,24 @@ from agentray.errors import ModelError
 from agentray.models.base import ModelProgress, ModelRequest
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient, RawStream
+from tests.system import until
+from tests.vllm.served import ServedSystem, needs_vllm
 
-URL = os.environ.get("AGENTRAY_VLLM_URL", "")
-
-pytestmark = pytest.mark.skipif(not URL, reason="make test-vllm starts the server that this needs")
+pytestmark = needs_vllm
 
 SYSTEM = "You are the voice of a very small model. " * 8
 TOKENS = 48
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[ModelClient]:
+async def client(system: ServedSystem) -> AsyncIterator[ModelClient]:
+    url = system.model_url
     endpoints = {
-        "tiny": {"url": URL, "continues_text": True},
-        "lost": {"url": URL, "upstream": "no-such-model"},
+        "tiny": {"url": url, "continues_text": True},
+        "lost": {"url": url, "upstream": "no-such-model"},
     }
     settings = ModelsSettings.model_validate({"endpoints": endpoints})
-    client = ModelClient(Catalog(settings, None), settings)
+    client = ModelClient(Catalog(settings, ""), settings)
     yield client
     await client.close()
 
@@ -117,24 +116,15 @@ async def test_an_answer_that_broke_off_is_resumed_from_what_was_heard(
     assert said + rest == whole
 
 
-async def test_closing_the_iterator_stops_the_engine(client: ModelClient) -> None:
+async def test_closing_the_iterator_stops_the_engine(
+    client: ModelClient, system: ServedSystem
+) -> None:
     async with aclosing(client.stream(asks("go on", max_output_tokens=7000))) as answer:
         assert (await anext(answer)).text
-        assert await running() == 1
-    async with asyncio.timeout(10):
-        while await running():  # noqa: ASYNC110 - the condition is another process's
-            await asyncio.sleep(0.05)
-
-
-async def running() -> float:
-    async with (
-        aiohttp.ClientSession() as http,
-        http.get(URL.removesuffix("/v1") + "/metrics") as response,
-    ):
-        lines = (await response.text()).splitlines()
-    values = [line.split()[-1] for line in lines if line.startswith("vllm:num_requests_running")]
-    assert values
-    return sum(float(value) for value in values)
+        assert system.metric("vllm:num_requests_running") == 1
+    await until(
+        lambda: system.metric("vllm:num_requests_running") == 0, timeout_s=10, what="it stops"
+    )
 
 
 async def test_many_answers_at_once_are_all_whole(client: ModelClient) -> None:

@@ -29,6 +29,7 @@ from agentray.config.settings import (
 )
 from agentray.config.state import RunState, read_state, remove_state, write_state
 from agentray.errors import ConfigError
+from agentray.http.haproxy import MODELS_VARIABLE
 
 PORTS = Ports(1, 2, 3, 4, 5, 6, range(20_000, 20_200))
 
@@ -86,6 +87,25 @@ def test_streams_outlive_a_reload_and_silence_for_as_long_as_a_turn_may_take() -
     found = environment(settings)
     assert int(found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > 1_000
     assert int(found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"]) > 5_000
+
+
+def test_the_wrapper_of_haproxy_knows_every_model_that_is_served_here() -> None:
+    served = {
+        "tiny": {"source": "m"},
+        "big": {"source": "m", "min_replicas": 0, "affinity": "prefix"},
+    }
+    simulator = {"enabled": True}
+    models = ModelsSettings.model_validate({"serve": served, "simulator": simulator})
+    known = environment(Settings(models=models))[MODELS_VARIABLE]
+    assert known == "/models/simulator /models/tiny /models/big:routed:on-demand"
+
+
+def test_prompts_reach_rays_router_only_where_it_looks_into_them() -> None:
+    variable = "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"
+    for affinity, shown in (("session", False), ("prefix", True), ("kv", True)):
+        serve = {"tiny": {"source": "m", "affinity": affinity}}
+        models = ModelsSettings.model_validate({"serve": serve})
+        assert (variable in environment(Settings(models=models))) is shown, affinity
 
 
 def test_ports_are_kept_and_lie_where_linux_hands_out_none() -> None:

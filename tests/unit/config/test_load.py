@@ -231,7 +231,7 @@ def test_an_override_below_a_mistake_in_the_file_does_not_hide_it(write):
         ("agents: {}", "agents: found none; expected at least one agent, or no such key at all"),
         (
             "models: {simulator: {enabled: false}}",
-            "models: found no model; expected models.endpoints or the simulator",
+            "models: found no model; expected models.endpoints, models.serve or the simulator",
         ),
         (
             "models: {simulator: {enabled: true}, endpoints: {simulator: {url: 'http://x'}}}",

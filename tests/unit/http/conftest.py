@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import msgspec
@@ -13,10 +13,18 @@ import pytest
 from starlette.types import ASGIApp, Message
 
 from agentray.clock import ManualClock
-from agentray.config.settings import AgentSettings, HttpSettings, SessionsSettings, Settings
+from agentray.config.settings import (
+    AgentSettings,
+    BatchSettings,
+    HttpSettings,
+    SessionsSettings,
+    Settings,
+)
+from agentray.events import Route
 from agentray.http.app import build_http_app
-from agentray.models.client import RawStream
+from agentray.models.completions import Completion
 from tests.unit.http.memory import AT, MemorySessions
+from tests.unit.http.memory_batches import MemoryBatches
 
 DEADLINE_S = 10.0
 
@@ -24,8 +32,7 @@ DEADLINE_S = 10.0
 class Models:
     """The names of models, and a model that says back what it was asked."""
 
-    names = ("tiny", "org/large")
-    default = "tiny"
+    names: tuple[str, ...] = ("tiny", "org/large")
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -33,13 +40,22 @@ class Models:
         self.ready = asyncio.Event()
         self.ready.set()
 
-    async def complete_raw(
-        self, model: str, body: Any, *, session_id: str | None = None
-    ) -> bytes | RawStream:
+    def kind(self, name: str) -> Literal["chat", "embedding"]:
+        return "embedding" if name.startswith("embedder") else "chat"
+
+    async def embed_raw(self, model: str, body: Any) -> bytes:
         self.asked.append((model, msgspec.json.decode(msgspec.json.encode(body))))
+        return b'{"object":"list","data":[]}'
+
+    async def complete(
+        self, model: str | None, body: Any, *, session_id: str | None = None, **how: Any
+    ) -> Completion:
+        picked = model or how.get("preferred") or "tiny"
+        self.asked.append((picked, msgspec.json.decode(msgspec.json.encode(body))))
         self.called.release()
         await self.ready.wait()
-        return b'{"object":"chat.completion","choices":[]}'
+        answer = b'{"object":"chat.completion","choices":[]}'
+        return Completion(answer, picked, Route("answer", [picked], "the only one"))
 
 
 @dataclass
@@ -115,6 +131,11 @@ def models() -> Models:
 
 
 @pytest.fixture
+def batches() -> MemoryBatches:
+    return MemoryBatches()
+
+
+@pytest.fixture
 def clock() -> ManualClock:
     """Return a clock that begins when all turns in memory were made and done."""
     return ManualClock(AT)
@@ -134,6 +155,7 @@ def http_settings() -> HttpSettings:
 def app(
     sessions: MemorySessions,
     models: Models,
+    batches: MemoryBatches,
     draining: asyncio.Event,
     http_settings: HttpSettings,
     clock: ManualClock,
@@ -141,10 +163,14 @@ def app(
     return build_http_app(
         sessions=sessions,
         models=models,
+        embeddings=models,
+        files=batches,
+        batches=batches,
         catalog=models,
         settings=Settings(
             http=http_settings,
             sessions=SessionsSettings(max_running_turns=2),
+            batch=BatchSettings(max_file_bytes=1_000_000),
             agents={
                 "assistant": AgentSettings(instructions="Be brief.", temperature=0.5),
                 "critic": AgentSettings(model="org/large", instructions=""),

@@ -14,6 +14,7 @@ from agentray.events import (
     Message,
     ModelCalled,
     ModelFinished,
+    ModelVoided,
     TurnAccepted,
     TurnFinished,
     TurnOptions,
@@ -28,12 +29,14 @@ AT = 1_700_000_000.0
 class MemorySessions:
     """Each turn answers ``chunks``; while ``hold`` is set, only when ``finish`` is called.
 
-    With ``queue`` it does not even begin before."""
+    With ``queue`` it does not even begin before. With ``breaks_off`` another model answers, behind
+    one that said a part."""
 
     def __init__(self, chunks: Sequence[str] = ("Hel", "lo")) -> None:
         self.chunks = list(chunks)
         self.hold = False
         self.queue = False
+        self.breaks_off = False
         self.failure: Exception | None = None
         self.sessions: dict[str, SessionInfo] = {}
         self.turns: dict[str, TurnInfo] = {}
@@ -151,12 +154,19 @@ class MemorySessions:
         turn = self.turns[turn_id]
         if self.queue:
             self._begin(turn)
-        called = self._add(turn, ModelCalled, step=1, attempt=1, model="m")
+        attempt, model = 1, "m"
+        called = self._add(turn, ModelCalled, step=1, attempt=attempt, model=model)
+        if self.breaks_off:
+            self.items[turn.session_id].append(Delta(turn_id, called, 2, "Br"))
+            broken = {"reason": "model_unavailable", "text": "Br"}
+            self._add(turn, ModelVoided, step=1, attempt=attempt, **broken)
+            attempt, model = 2, "n"
+            called = self._add(turn, ModelCalled, step=1, attempt=attempt, model=model)
         text = ""
         for chunk in self.chunks:
             text += chunk
             self.items[turn.session_id].append(Delta(turn_id, called, len(text), chunk))
-        self._add(turn, ModelFinished, step=1, attempt=1, text=text, finish_reason="stop")
+        self._add(turn, ModelFinished, step=1, attempt=attempt, text=text, finish_reason="stop")
         last = self._add(turn, TurnFinished, status="completed", usage=Usage(3, 2))
         self.turns[turn_id] = replace(
             turn,

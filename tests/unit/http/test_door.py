@@ -169,7 +169,7 @@ async def test_bad_input_is_a_clear_error_in_openais_shape(
         {"tools": [{"type": "function", "name": "f"}]},
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "name": "f"}},
-        {"text": {"format": {"type": "json_object"}}},
+        {"text": {"format": {"type": "grammar", "grammar": "x"}}},
         {"text": {"verbosity": "low"}},
         {"truncation": "auto"},
         {"parallel_tool_calls": False},
@@ -191,6 +191,81 @@ async def test_a_parameter_that_would_not_be_honoured_is_refused(
     error = error_of(answer)
     assert (answer.status_code, error["code"]) == (400, "unsupported_parameter")
     assert error["param"].startswith(next(iter(field)))
+
+
+WORD = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "schema", "facts"),
+    [
+        ({"type": "json_object"}, {"type": "object"}, {}),
+        (
+            {"type": "json_schema", "name": "word", "schema": WORD, "strict": False},
+            WORD,
+            {"name": "word", "strict": False},
+        ),
+        (
+            {"type": "json_schema", "name": "word", "schema": WORD, "description": "One."},
+            WORD,
+            {"name": "word", "description": "One."},
+        ),
+        ({"type": "text"}, None, {}),
+    ],
+)
+async def test_the_form_of_an_answer_is_the_turns_and_is_shown_again(
+    http: httpx.AsyncClient,
+    sessions: MemorySessions,
+    form: dict[str, Any],
+    schema: dict[str, Any] | None,
+    facts: dict[str, Any],
+) -> None:
+    answer = await http.post("/v1/responses", json={"input": "x", "text": {"format": form}})
+    assert answer.status_code == 200
+    shown = answer.json()["text"]["format"]
+    assert {name: fact for name, fact in shown.items() if fact is not None} == form
+    (turn,) = sessions.turns.values()
+    assert (turn.options.output_schema, turn.options.output_form) == (schema, facts)
+    again = await http.get(f"/v1/responses/{answer.json()['id']}")
+    assert again.json()["text"]["format"] == shown
+
+
+async def test_a_native_turn_takes_a_schema(
+    http: httpx.AsyncClient, sessions: MemorySessions
+) -> None:
+    session = (await http.post("/v1/sessions", json={})).json()["id"]
+    turns = f"/v1/sessions/{session}/turns"
+    answer = await http.post(turns, json={"input": "x", "output_schema": WORD})
+    assert answer.status_code == 200
+    (turn,) = sessions.turns.values()
+    assert turn.options.output_schema == WORD
+    refused = await http.post(turns, json={"input": "x", "output_schema": {"type": "words"}})
+    error = error_of(refused)
+    assert (refused.status_code, error["code"]) == (400, "invalid_request")
+    assert error["param"] == "output_schema"
+    assert len(sessions.turns) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"schema": {"type": "words"}}, "text.format.schema"),
+        ({"schema": {"$ref": "http://127.0.0.1:9/schema"}}, "text.format.schema"),
+        ({"schema": {"properties": {"a": {"$ref": "file:///etc/passwd"}}}}, "text.format.schema"),
+        ({"schema": {"pattern": "("}}, "text.format.schema"),
+        ({"schema": [1]}, "text.format.schema"),
+        ({"name": "not a name"}, "text.format.name"),
+        ({"strict": "yes"}, "text.format.strict"),
+    ],
+)
+async def test_a_form_that_is_none_is_refused_by_its_part(
+    http: httpx.AsyncClient, sessions: MemorySessions, form: dict[str, Any], param: str
+) -> None:
+    whole = {"type": "json_schema", "name": "word", "schema": WORD, **form}
+    answer = await http.post("/v1/responses", json={"input": "x", "text": {"format": whole}})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert not sessions.turns
 
 
 async def test_a_parameter_that_changes_nothing_is_accepted(http: httpx.AsyncClient) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import openai
+import pydantic
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -106,6 +107,48 @@ async def test_a_background_response_answers_at_once_and_can_be_cancelled(
     sessions.finish(sessions.cancelled[0])
     with pytest.raises(openai.BadRequestError, match="nothing to cancel"):
         await ai.responses.cancel(created.id)
+
+
+class Word(pydantic.BaseModel):
+    word: str
+
+
+async def test_an_answer_in_a_form_is_asked_for_and_read(
+    ai: openai.AsyncOpenAI, sessions: MemorySessions
+) -> None:
+    sessions.chunks = ['{"word": ', '"hi"}']
+    parsed = await ai.responses.parse(input="x", text_format=Word)
+    assert parsed.output_parsed == Word(word="hi")
+    (turn,) = sessions.turns.values()
+    assert turn.options.output_schema is not None
+    assert turn.options.output_schema["required"] == ["word"]
+    assert turn.options.output_form == {"name": "Word", "strict": True}
+    schema: dict[str, object] = {"type": "object"}
+    created = await ai.responses.create(
+        input="x", text={"format": {"type": "json_schema", "name": "any", "schema": schema}}
+    )
+    assert created.text is not None
+    assert created.text.format is not None
+    assert created.text.format.type == "json_schema"
+    assert (created.text.format.name, created.text.format.schema_) == ("any", schema)
+    retrieved = await ai.responses.retrieve(created.id)
+    assert retrieved.text == created.text
+
+
+async def test_a_fallback_in_the_stream_does_not_disturb_the_package(
+    ai: openai.AsyncOpenAI, sessions: MemorySessions
+) -> None:
+    sessions.breaks_off = True
+    async with ai.responses.stream(model="assistant", input="hi") as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    told: list[Any] = [event for event in events if "fallback" in event.type]
+    assert [(event.reason, event.to_model) for event in told] == [("model_unavailable", "n")]
+    statuses = [item.status for item in final.output if item.type == "message"]
+    assert statuses == ["incomplete", "completed"]
+    kinds = [event.type async for event in await ai.responses.create(input="hi", stream=True)]
+    assert kinds.count(told[0].type) == 1
+    assert kinds[-1] == "response.completed"
 
 
 async def test_the_latest_response_continues_its_session_and_an_older_one_forks_it(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import omit
+from openai._models import construct_type
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response as OpenAIResponse
 from openai.types.responses import ResponseStreamEvent
@@ -25,10 +26,12 @@ from agentray.events import (
     TurnAccepted,
     TurnError,
     TurnFinished,
+    TurnOptions,
     Usage,
 )
 from agentray.http.objects import (
     ConversationMessage,
+    ModelFallback,
     OutputItemDone,
     OutputText,
     Response,
@@ -115,8 +118,16 @@ def test_the_openai_package_accepts_every_event_and_puts_them_together(script: S
     state = ResponseStreamState(input_tools=[], text_format=omit)
     events, response = fold(script.items)
     for event in events:
-        parsed = EVENTS.validate_json(msgspec.json.encode(event))
-        assert not parsed.model_extra or parsed.type == "error"
+        if isinstance(event, ModelFallback):
+            # Not one of OpenAI's: its client lets what it does not know through.
+            parsed: Any = construct_type(
+                type_=ResponseStreamEvent, value=msgspec.to_builtins(event)
+            )
+            assert parsed.type == "agentray.model.fallback"
+            assert parsed.to_dict() == msgspec.to_builtins(event)
+        else:
+            parsed = EVENTS.validate_json(msgspec.json.encode(event))
+            assert not parsed.model_extra or parsed.type == "error"
         state.handle_event(parsed)
     OpenAIResponse.model_validate_json(msgspec.json.encode(response), strict=True)
 
@@ -190,14 +201,27 @@ def test_an_attempt_that_is_not_continued_closes_its_item_and_the_next_opens_one
     script.add(TurnAccepted, input=[], agent="assistant")
     called = script.add(ModelCalled, step=1, attempt=1, model="m")
     script.show(called, 0, ["One "])
-    script.add(ModelVoided, step=1, attempt=1, reason="stalled", text="One two")
-    called = script.add(ModelCalled, step=1, attempt=2, model="m")
+    voided = script.add(ModelVoided, step=1, attempt=1, reason="stalled", text="One two")
+    called = script.add(ModelCalled, step=1, attempt=2, model="other")
     script.show(called, 0, ["Uno "])
     script.add(ModelFinished, step=1, attempt=2, text="Uno dos", finish_reason="stop")
     events, _ = fold(script.items)
     done = [event.item for event in events if isinstance(event, OutputItemDone)]
     assert [item.status for item in done] == ["incomplete", "completed"]
     assert list(texts(events).values()) == ["One two", "Uno dos"]
+    (told,) = [event for event in events if isinstance(event, ModelFallback)]
+    assert told == ModelFallback(
+        sequence_number=(voided - 1) * 2**24 + 3,
+        item_id=done[0].id,
+        output_index=0,
+        reason="stalled",
+        continues=False,
+        from_model="m",
+        to_model="other",
+    )
+    tags = [event.__struct_config__.tag for event in events]
+    assert tags[tags.index("agentray.model.fallback") - 1] == "response.output_item.done"
+    assert tags[tags.index("agentray.model.fallback") + 1] == "response.output_item.added"
 
 
 def test_a_continued_attempt_goes_on_in_the_same_item() -> None:
@@ -213,6 +237,78 @@ def test_a_continued_attempt_goes_on_in_the_same_item() -> None:
     deltas = [event.delta for event in events if isinstance(event, TextDelta)]
     assert deltas == ["One ", "two ", "three"]
     assert len(texts(events)) == 1
+    (told,) = [event for event in events if isinstance(event, ModelFallback)]
+    assert (told.continues, told.reason, told.from_model, told.to_model) == (True, "o", "m", "m")
+    behind = events[events.index(told) + 1]
+    assert isinstance(behind, TextDelta)
+    assert (behind.delta, behind.item_id) == ("three", told.item_id)
+
+
+def test_an_attempt_that_had_shown_nothing_leaves_no_trace() -> None:
+    script = Script()
+    script.add(TurnAccepted, input=[], agent="assistant")
+    script.add(ModelCalled, step=1, attempt=1, model="m")
+    script.add(ModelVoided, step=1, attempt=1, reason="model_unavailable")
+    script.add(ModelCalled, step=1, attempt=2, model="other")
+    script.add(ModelFinished, step=1, attempt=2, text="Hello", finish_reason="stop")
+    script.add(TurnFinished, status="completed")
+    plain = Script()
+    plain.add(TurnAccepted, input=[], agent="assistant")
+    plain.add(ModelCalled, step=1, attempt=1, model="other")
+    plain.add(ModelFinished, step=1, attempt=1, text="Hello", finish_reason="stop")
+    plain.add(TurnFinished, status="completed")
+    kinds = [[event.__struct_config__.tag for event in fold(s.items)[0]] for s in (script, plain)]
+    assert kinds[0] == kinds[1]
+
+
+def test_no_fallback_is_told_of_a_turn_that_ended_before_another_model_was_called() -> None:
+    script = Script()
+    script.add(TurnAccepted, input=[], agent="assistant")
+    called = script.add(ModelCalled, step=1, attempt=1, model="m")
+    script.show(called, 0, ["One "])
+    script.add(ModelVoided, step=1, attempt=1, reason="cancelled", text="One ")
+    script.add(TurnFinished, status="cancelled")
+    events, _ = fold(script.items)
+    assert not [event for event in events if isinstance(event, ModelFallback)]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (TurnOptions(), {"type": "text"}),
+        (TurnOptions(output_schema={"type": "object"}), {"type": "json_object"}),
+        (
+            TurnOptions(
+                output_schema={"type": "string"}, output_form={"name": "word", "strict": True}
+            ),
+            {
+                "type": "json_schema",
+                "name": "word",
+                "schema": {"type": "string"},
+                "strict": True,
+                "description": None,
+            },
+        ),
+        (
+            # As a native turn asks for it.
+            TurnOptions(output_schema={"type": "string"}),
+            {
+                "type": "json_schema",
+                "name": "answer",
+                "schema": {"type": "string"},
+                "strict": None,
+                "description": None,
+            },
+        ),
+    ],
+)
+def test_a_response_says_which_form_was_asked_for(
+    options: TurnOptions, shown: dict[str, Any]
+) -> None:
+    response = begin(SESSION, turn_info(options=options), agent="assistant")
+    encoded = msgspec.json.encode(response)
+    assert msgspec.json.decode(encoded)["text"] == {"format": shown}
+    OpenAIResponse.model_validate_json(encoded, strict=True)
 
 
 def test_a_hole_in_the_tail_is_filled_when_the_answer_is_whole() -> None:

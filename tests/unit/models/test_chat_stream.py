@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
+from agentray.errors import (
+    ModelContextLengthError,
+    ModelError,
+    ModelRateLimitedError,
+    ModelUnavailableError,
+)
 from agentray.events import ToolCall, Usage
 from agentray.models.chat_stream import ChatStream
 
@@ -162,7 +167,7 @@ def test_an_endless_line_is_refused() -> None:
     [
         ({"message": "slow down", "code": 429}, ModelRateLimitedError),
         ({"message": "slow down", "type": "rate_limit_error"}, ModelRateLimitedError),
-        ({"message": "too long", "code": "context_length_exceeded"}, ModelError),
+        ({"message": "too long", "code": "context_length_exceeded"}, ModelContextLengthError),
         ({"message": "broke", "code": 500}, ModelUnavailableError),
         ({"message": "broke"}, ModelUnavailableError),
         ("broke", ModelUnavailableError),

@@ -154,7 +154,13 @@ async def test_a_bad_request_gets_an_error_of_openais_shape(body: bytes) -> None
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status"), [(CHAT, None, 405), ("/v1/embeddings", b"{}", 404)]
+    ("path", "body", "status"),
+    [
+        (CHAT, None, 405),
+        ("/v1/embeddings", None, 405),
+        ("/v1/embeddings", b"{}", 400),
+        ("/v1/completions", b"{}", 404),
+    ],
 )
 async def test_what_it_does_not_have_is_said(path: str, body: bytes | None, status: int) -> None:
     assert (await call(simulator(), path, body))[0] == status

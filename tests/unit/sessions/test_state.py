@@ -2,131 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
 
 from agentray.events import (
-    AnyEvent,
-    Message,
     ModelCalled,
     ModelFailed,
-    ModelFinished,
-    ModelVoided,
     ToolCall,
-    ToolCalled,
-    ToolFinished,
-    TurnAccepted,
-    TurnError,
-    TurnFinished,
-    TurnResumed,
     Usage,
-    decode_event,
-    encode_event,
 )
-from agentray.memory.window import join
 from agentray.sessions.state import (
     CANCELLED,
-    OWNER_LOST,
     CallModel,
     CallTools,
     Command,
     EndTurn,
     JournalCorruptError,
     RecoverModel,
-    Rules,
     RunModel,
     SessionState,
     SettleUnknown,
-    Turn,
     advance,
-    after_model_error,
     fold,
     resume,
 )
-
-RULES = Rules(window_turns=2, max_steps=2, model_attempts=3, recovery_attempts=2)
-BROKEN = TurnError("model_unavailable", "it broke")
-A, B = ToolCall("a", "again", "{}"), ToolCall("b", "once", '{"x":1}')
-
-
-class Story:
-    """A session told by its events; ``commands`` are what followed from the last one."""
-
-    def __init__(self, rules: Rules = RULES) -> None:
-        self.rules = rules
-        self.state = SessionState()
-        self.commands: tuple[Command, ...] = ()
-        self.events: list[AnyEvent] = []
-        self._turns = 0
-
-    @property
-    def turn(self) -> Turn:
-        assert self.state.turn is not None
-        return self.state.turn
-
-    def tell(self, kind: type[Any], **fields: Any) -> Story:
-        event = kind(seq=self.state.seq + 1, turn_id=f"turn{self._turns}", at=0.0, **fields)
-        # As the journal keeps it.
-        event = decode_event(encode_event(event))
-        self.state, self.commands = advance(self.state, event, self.rules)
-        self.events.append(event)
-        return self
-
-    def accepted(self, text: str = "hi") -> Story:
-        self._turns += 1
-        return self.tell(TurnAccepted, input=[Message("user", text)], agent="assistant")
-
-    def called(self, attempt: int = 1, step: int = 1, continued_from: int = 0) -> Story:
-        return self.tell(
-            ModelCalled, step=step, attempt=attempt, model="m", continued_from=continued_from
-        )
-
-    def answered(self, text: str = "yes", *calls: ToolCall, reason: str = "stop") -> Story:
-        return self.tell(
-            ModelFinished,
-            step=self.turn.step,
-            attempt=self.turn.attempt,
-            text=text,
-            finish_reason=reason,
-            tool_calls=list(calls),
-            usage=Usage(10, 2, 1),
-        )
-
-    def voided(self, text: str, *, continues: bool, reason: str = "model_unavailable") -> Story:
-        return self.tell(
-            ModelVoided,
-            step=self.turn.step,
-            attempt=self.turn.attempt,
-            reason=reason,
-            text=text,
-            continues=continues,
-        )
-
-    def tool_called(self, call: ToolCall, attempt: int = 1) -> Story:
-        return self.tell(
-            ToolCalled,
-            call_id=call.call_id,
-            name=call.name,
-            arguments=call.arguments,
-            attempt=attempt,
-        )
-
-    def tool_finished(self, call: ToolCall, output: str = "done") -> Story:
-        return self.tell(
-            ToolFinished, call_id=call.call_id, name=call.name, status="ok", output=output
-        )
-
-    def resumed(self, phase: str = "accepted") -> Story:
-        return self.tell(TurnResumed, phase=phase, epoch=7, owner="o")
-
-    def finished(self, status: str = "completed") -> Story:
-        return self.tell(TurnFinished, status=status)
-
-    def window(self) -> list[Any]:
-        return json.loads(b"[" + join(self.state.window) + b"]")
+from tests.unit.sessions.story import BROKEN, RULES, A, B, Story
 
 
 def on_crash(tool: str) -> Literal["retry", "report"]:
@@ -247,46 +149,6 @@ def test_a_turn_that_ends_among_its_tools_says_what_became_of_each_call() -> Non
     assert results[0]["content"] == "of a"
     assert "unknown" in results[1]["content"]
     assert "before this call was run" in results[2]["content"]
-
-
-def lose(story: Story, *, retryable: bool = True, text: str = "", continues: bool = False) -> Any:
-    return after_model_error(
-        story.turn,
-        retryable=retryable,
-        error=BROKEN,
-        text=text,
-        continues=continues,
-        rules=story.rules,
-    )
-
-
-def test_a_lost_call_is_tried_again_as_often_as_the_rules_say() -> None:
-    story = Story().accepted()
-    for attempt in (1, 2):
-        event = lose(story.called(attempt), text="x")
-        assert isinstance(event, ModelVoided)
-        assert (event.attempt, event.text, event.reason) == (attempt, "x", "model_unavailable")
-        story.voided("x", continues=False)
-    event = lose(story.called(3), text="y")
-    assert isinstance(event, ModelFailed)
-    assert (event.error, event.text) == (BROKEN, "y")
-
-
-def test_attempts_that_died_with_their_owner_do_not_count_as_the_models() -> None:
-    story = Story().accepted()
-    for attempt in (1, 2, 3):
-        story.called(attempt).resumed("model").voided("", continues=False, reason=OWNER_LOST)
-    assert isinstance(lose(story.called(4)), ModelVoided)
-
-
-def test_a_call_that_the_model_refused_for_good_is_not_tried_again() -> None:
-    assert isinstance(lose(Story().accepted().called(), retryable=False), ModelFailed)
-
-
-def test_nothing_streamed_is_nothing_to_continue() -> None:
-    story = Story().accepted().called()
-    assert not lose(story, text="", continues=True).continues
-    assert lose(story, text="x", continues=True).continues
 
 
 # Taking over

@@ -40,10 +40,10 @@ from agentray.sessions.state import (
     SessionState,
     SettleUnknown,
     Turn,
-    after_model_error,
     fold,
     resume,
 )
+from agentray.sessions.steps import after_lost_call
 from agentray.storage.base import Append, AppendResult, TurnBirth, TurnRow
 from tests.unit.sessions.fence import Fence, actor_of
 
@@ -476,12 +476,14 @@ class Owner:
         outcome = world.choose(6)
         if outcome in (1, 2):
             error = TurnError("model_unavailable", "it broke")
-            event = after_model_error(
+            event = after_lost_call(
                 turn,
-                retryable=outcome == 1,
                 error=error,
+                may_pass=outcome == 1,
                 text=text,
                 continues=bool(world.choose(2)),
+                cost=0.0,
+                now=0.0,
                 rules=RULES,
             )
             return actor.record(replace(event, seq=actor.state.seq + 1))

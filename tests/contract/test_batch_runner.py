@@ -1,0 +1,418 @@
+"""Runners of batches on real PostgreSQL, with models that the tests answer for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from psycopg import AsyncConnection
+
+from agentray.clock import SystemClock
+from agentray.config.settings import BatchSettings, PostgresSettings
+from agentray.ids import new_batch_id, new_file_id
+from agentray.models.batch import BatchRunner, Reply
+from agentray.storage.batches import BatchRow
+from agentray.storage.postgres_batches import PostgresBatches
+from tests.services import Services, until
+
+T = "tenant"
+CHAT = "/v1/chat/completions"
+SETTINGS = {"sweep_s": 0.02, "lease_s": 1.0, "concurrency": 4}
+
+Answer = Callable[[dict[str, Any]], Awaitable[Reply]]
+
+
+@pytest.fixture
+async def batches(services: Services) -> AsyncIterator[PostgresBatches]:
+    store = PostgresBatches(services.postgres.url, PostgresSettings())
+    yield store
+    await store.close()
+
+
+async def well(body: dict[str, Any]) -> Reply:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    return Reply(200, json.dumps({"said": body["n"], "usage": usage}).encode())
+
+
+def error(status: int, code: str, retry_after_s: float | None = None) -> Reply:
+    return Reply(status, json.dumps({"error": {"code": code}}).encode(), retry_after_s)
+
+
+def runner_of(
+    store: PostgresBatches,
+    answer: Answer = well,
+    *,
+    name: str = "me",
+    idle: Callable[[], bool] = lambda: True,
+    **settings: Any,
+) -> BatchRunner:
+    async def call(path: str, body: bytes) -> Reply:
+        assert path == CHAT
+        return await answer(json.loads(body))
+
+    return BatchRunner(
+        store=store,
+        call=call,
+        idle=idle,
+        settings=BatchSettings(**{**SETTINGS, **settings}),
+        name=name,
+        clock=SystemClock(),
+    )
+
+
+@asynccontextmanager
+async def running(
+    store: PostgresBatches, answer: Answer = well, **how: Any
+) -> AsyncIterator[BatchRunner]:
+    runner = runner_of(store, answer, **how)
+    task = asyncio.create_task(runner.run())
+    try:
+        yield runner
+        assert not task.done()
+    finally:
+        await end(task)
+        await runner.close()
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.5)
+    with suppress(asyncio.CancelledError):
+        task.result()
+
+
+async def order(
+    store: PostgresBatches, count: int = 0, *, text: bytes | None = None, **body: Any
+) -> str:
+    lines = [
+        {"custom_id": f"c{n}", "method": "POST", "url": CHAT, "body": {"n": n, **body}}
+        for n in range(count)
+    ]
+    if text is None:
+        text = "\n".join(map(json.dumps, lines)).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(text), 100):
+            yield text[at : at + 100]
+
+    file = await store.create_file(
+        T, new_file_id(), pieces(), purpose="batch", filename="in", ttl_s=None
+    )
+    row = await store.create_batch(
+        T,
+        new_batch_id(),
+        input_file_id=file.id,
+        endpoint=CHAT,
+        metadata=None,
+        window_s=3_600.0,
+        output_ttl_s=3_600.0,
+    )
+    return row.id
+
+
+async def row_of(store: PostgresBatches, batch_id: str) -> BatchRow:
+    row = await store.batch(T, batch_id)
+    assert row is not None
+    return row
+
+
+async def becomes(store: PostgresBatches, batch_id: str, *statuses: str) -> BatchRow:
+    async def there() -> bool:
+        return (await row_of(store, batch_id)).status in statuses
+
+    await until(there, f"the batch is {statuses}")
+    return await row_of(store, batch_id)
+
+
+async def lines_of(store: PostgresBatches, file_id: str | None) -> dict[str, Any]:
+    """Return the lines of a file by their custom_id; each is there once."""
+    if file_id is None:
+        return {}
+    text = b""
+    number = 0
+    while (piece := await store.read_piece(T, file_id, number)) is not None:
+        text, number = text + piece, number + 1
+    found = [json.loads(line) for line in text.splitlines()]
+    counts = Counter(line["custom_id"] for line in found)
+    assert set(counts.values()) <= {1}
+    return {line["custom_id"]: line for line in found}
+
+
+async def ended(store: PostgresBatches, row: BatchRow) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what was answered and what was not; no line is in both."""
+    output = await lines_of(store, row.output_file_id)
+    errors = await lines_of(store, row.error_file_id)
+    assert not set(output) & set(errors)
+    assert (len(output), len(errors)) == (row.completed, row.failed)
+    assert len(output) + len(errors) == row.total
+    return output, errors
+
+
+async def test_a_batch_is_read_run_and_written(batches: PostgresBatches) -> None:
+    async with running(batches):
+        batch_id = await order(batches, 50)
+        row = await becomes(batches, batch_id, "completed")
+    output, errors = await ended(batches, row)
+    assert (len(output), errors, row.error_file_id) == (50, {}, None)
+    assert output["c7"]["response"]["body"]["said"] == 7
+    assert output["c7"]["response"]["status_code"] == 200
+    assert (row.input_tokens, row.output_tokens) == (50, 100)
+
+
+async def test_what_is_wrong_with_a_file_ends_its_batch(batches: PostgresBatches) -> None:
+    async with running(batches):
+        row = await becomes(batches, await order(batches, text=b"{}\n\nbroken"), "failed")
+        empty = await becomes(batches, await order(batches, text=b"\n"), "failed")
+    assert row.errors is not None
+    assert [(fault.code, fault.line) for fault in row.errors] == [
+        ("missing_required_parameter", 1),
+        ("invalid_json_line", 3),
+    ]
+    assert empty.errors is not None
+    assert empty.errors[0].code == "empty_file"
+
+
+async def test_a_file_that_was_deleted_ends_its_batch(batches: PostgresBatches) -> None:
+    batch_id = await order(batches, 1)
+    await batches.delete_file(T, (await row_of(batches, batch_id)).input_file_id)
+    async with running(batches):
+        row = await becomes(batches, batch_id, "failed")
+    assert row.errors is not None
+    assert row.errors[0].code == "file_not_found"
+
+
+async def test_lasting_errors_are_results_and_passing_ones_are_tried_again(
+    batches: PostgresBatches,
+) -> None:
+    asked: Counter[int] = Counter()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        n = body["n"]
+        asked[n] += 1
+        if n == 1:
+            return error(400, "model_error")
+        if n in (2, 3) and asked[n] == 1:
+            return error(429, "model_rate_limited", 0.01) if n == 2 else error(502, "away")
+        return await well(body)
+
+    async with running(batches, answer):
+        row = await becomes(batches, await order(batches, 5), "completed")
+    output, errors = await ended(batches, row)
+    assert set(output) == {"c0", "c2", "c3", "c4"}
+    assert errors["c1"]["response"]["status_code"] == 400
+    assert errors["c1"]["response"]["body"] == {"error": {"code": "model_error"}}
+    assert asked == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1}
+
+
+async def test_a_line_that_asks_for_a_stream_is_refused_without_a_call(
+    batches: PostgresBatches,
+) -> None:
+    async def answer(body: dict[str, Any]) -> Reply:
+        raise AssertionError(body)
+
+    async with running(batches, answer):
+        row = await becomes(batches, await order(batches, 2, stream=True), "completed")
+    _, errors = await ended(batches, row)
+    assert [line["response"]["body"]["error"]["param"] for line in errors.values()] == [
+        "stream",
+        "stream",
+    ]
+
+
+async def test_no_more_lines_run_at_once_than_may_and_none_while_others_work(
+    batches: PostgresBatches,
+) -> None:
+    idle = False
+    asked = now = most = 0
+
+    def is_idle() -> bool:
+        nonlocal asked
+        asked += 1
+        return idle
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        nonlocal now, most
+        assert idle
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.005)
+        now -= 1
+        return await well(body)
+
+    batch_id = await order(batches, 20)
+    async with running(batches, answer, idle=is_idle) as runner:
+
+        async def swept() -> bool:
+            return asked > 3
+
+        await until(swept, "some sweeps in which nothing may begin")
+        assert (await row_of(batches, batch_id)).status == "validating"
+        idle = True
+        await becomes(batches, batch_id, "completed")
+        assert runner.running == 0
+    assert most == 4
+
+
+async def test_batches_share_what_is_free(batches: PostgresBatches) -> None:
+    held = asyncio.Event()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        if body.get("long"):
+            await held.wait()
+        return await well(body)
+
+    async with running(batches, answer, concurrency=2):
+        long = await order(batches, 30, long=True)
+        await becomes(batches, long, "in_progress")
+        short = await order(batches, 3)
+        try:
+            # Two of the long one's lines hold both places: let those go one after another.
+            held.set()
+            await becomes(batches, short, "completed")
+            assert (await row_of(batches, long)).status == "in_progress"
+        finally:
+            held.set()
+        await becomes(batches, long, "completed")
+
+
+async def test_a_cancel_lets_what_runs_end_and_keeps_it(batches: PostgresBatches) -> None:
+    go = asyncio.Event()
+    asked: set[int] = set()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        asked.add(body["n"])
+        if body["n"] >= 4:
+            await go.wait()
+        return await well(body)
+
+    async with running(batches, answer):
+        batch_id = await order(batches, 20)
+
+        async def held() -> bool:
+            return len(asked) == 8
+
+        await until(held, "four have ended and four run")
+        await batches.cancel_batch(T, batch_id)
+        assert (await row_of(batches, batch_id)).status == "cancelling"
+        go.set()
+        row = await becomes(batches, batch_id, "cancelled")
+    output, errors = await ended(batches, row)
+    assert (row.total, len(asked), len(output)) == (20, 8, 8)
+    assert {line["error"]["code"] for line in errors.values()} == {"batch_cancelled"}
+
+
+async def test_what_is_overdue_is_kept_and_the_rest_is_named(
+    batches: PostgresBatches, other: AsyncConnection[Any]
+) -> None:
+    async def answer(body: dict[str, Any]) -> Reply:
+        return await well(body) if body["n"] < 3 else error(503, "not_ready", 60.0)
+
+    async with running(batches, answer):
+        batch_id = await order(batches, 5)
+
+        async def tried() -> bool:
+            cursor = await other.execute(
+                "SELECT count(*) FROM batch_lines WHERE attempts > 0 AND claimed_by IS NULL"
+            )
+            return await cursor.fetchone() == (5,)
+
+        await until(tried, "each line was tried")
+        await other.execute("UPDATE batches SET expires_at = now()")
+        row = await becomes(batches, batch_id, "expired")
+    output, errors = await ended(batches, row)
+    assert set(output) == {"c0", "c1", "c2"}
+    assert {line["error"]["code"] for line in errors.values()} == {"batch_expired"}
+
+
+async def test_lines_of_a_runner_that_died_are_run_by_another_and_are_there_once(
+    batches: PostgresBatches,
+) -> None:
+    begun = asyncio.Event()
+
+    async def never(body: dict[str, Any]) -> Reply:
+        begun.set()
+        return await asyncio.Future()
+
+    dead = runner_of(batches, never, name="dies", lease_s=0.3)
+    task = asyncio.create_task(dead.run())
+    batch_id = await order(batches, 30)
+    await begun.wait()
+    # As kill -9: it renews nothing and gives nothing back.
+    await end(task)
+    for child in dead._tasks:
+        child.cancel()
+    async with running(batches, name="lives"):
+        row = await becomes(batches, batch_id, "completed")
+    output, _ = await ended(batches, row)
+    assert len(output) == 30
+
+
+async def test_leases_are_renewed_while_a_line_takes_its_time(batches: PostgresBatches) -> None:
+    asked: Counter[int] = Counter()
+
+    async def slow(body: dict[str, Any]) -> Reply:
+        asked[body["n"]] += 1
+        await asyncio.sleep(1.0)  # longer than the lease
+        return await well(body)
+
+    async with (
+        running(batches, slow, name="me", lease_s=0.3),
+        running(batches, slow, name="other", lease_s=0.3),
+    ):
+        row = await becomes(batches, await order(batches, 8), "completed")
+    await ended(batches, row)
+    assert set(asked.values()) == {1}
+
+
+async def test_a_runner_that_is_closed_gives_its_lines_back(batches: PostgresBatches) -> None:
+    begun = asyncio.Event()
+
+    async def never(body: dict[str, Any]) -> Reply:
+        begun.set()
+        return await asyncio.Future()
+
+    async with running(batches, never, lease_s=3_600.0):
+        batch_id = await order(batches, 5)
+        await begun.wait()
+    async with running(batches):
+        row = await becomes(batches, batch_id, "completed")
+    await ended(batches, row)
+
+
+async def test_a_result_waits_for_a_store_that_is_away(
+    batches: PostgresBatches, services: Services
+) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+    asked: Counter[int] = Counter()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        asked[body["n"]] += 1
+        begun.set()
+        await go.wait()
+        return await well(body)
+
+    async with running(batches, answer, lease_s=60.0):
+        batch_id = await order(batches, 2)
+        await begun.wait()
+        await services.aside(services.postgres.stop(hurry=True))
+        go.set()
+        await services.aside(services.postgres.start())
+        row = await becomes_after_outage(batches, batch_id)
+    await ended(batches, row)
+    assert asked == {0: 1, 1: 1}
+
+
+async def becomes_after_outage(store: PostgresBatches, batch_id: str) -> BatchRow:
+    async def there() -> bool:
+        with suppress(Exception):
+            return (await row_of(store, batch_id)).status == "completed"
+        return False
+
+    await until(there, "the batch is completed")
+    return await row_of(store, batch_id)

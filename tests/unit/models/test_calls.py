@@ -1,0 +1,498 @@
+"""One model call with all that belongs around it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from agentray.clock import Clock, ManualClock, SystemClock
+from agentray.config.settings import ModelsSettings
+from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
+from agentray.events import Route, ToolCall, Usage
+from agentray.models.base import ModelProgress, ModelRequest
+from agentray.models.cache import ResponseCache
+from agentray.models.calls import ModelCalls
+from agentray.models.catalog import Catalog
+from agentray.models.router import Router
+from agentray.telemetry.metrics import Metrics
+from tests.unit.models.test_cache import MemoryAnswers, settled
+
+USAGE = Usage(1_000_000, 500_000)
+PRICE = {"input": 1.0, "output": 4.0}
+DOLLARS = 3.0
+BROKEN = "it broke"
+
+REQUEST = ModelRequest(model="a", messages=b'{"role":"user","content":"hi"}')
+HEDGED = replace(REQUEST, route=Route("answer", ["a", "b"], "r", hedge="b"))
+COLD = replace(REQUEST, temperature=0.0)
+
+
+def said(text: str) -> ModelProgress:
+    return ModelProgress(text)
+
+
+def whole(text: str = "", reason: str = "stop", *calls: ToolCall) -> ModelProgress:
+    return ModelProgress(text, reason, calls, USAGE)
+
+
+def broken(**fields: Any) -> ModelUnavailableError:
+    return ModelUnavailableError(BROKEN, **fields)
+
+
+class Models:
+    """Plays what is prepared for each model, call by call; an event is waited for."""
+
+    def __init__(self, **scripts: list[list[Any]]) -> None:
+        self.scripts = scripts
+        self.requests: list[ModelRequest] = []
+        self.closed: list[str] = []
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
+        self.requests.append(request)
+        try:
+            for item in self.scripts[request.model].pop(0):
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            self.closed.append(request.model)
+
+    @property
+    def called(self) -> list[str]:
+        return [request.model for request in self.requests]
+
+
+class World:
+    """``ModelCalls`` over models ``a`` and ``b``."""
+
+    def __init__(
+        self,
+        models: Models,
+        *,
+        clock: Clock | None = None,
+        cached: bool = False,
+        **settings: Any,
+    ) -> None:
+        endpoints = {name: {"url": "http://h/v1", "card": {"price": PRICE}} for name in "ab"}
+        configured = ModelsSettings.model_validate({"endpoints": endpoints, **settings})
+        self.models = models
+        self.clock = clock or ManualClock()
+        self.metrics = Metrics()
+        self.router = Router(
+            Catalog(configured, ""),
+            configured,
+            clock=self.clock,
+            metrics=self.metrics,
+            rng=random.Random(1),
+        )
+        time = ManualClock()
+        self.cache = ResponseCache(
+            MemoryAnswers(time), configured.cache, time, self.metrics, owner="o"
+        )
+        cache = self.cache if cached else None
+        self.calls = ModelCalls(self.router, models, configured, cache)
+
+    async def ask(self, request: ModelRequest = REQUEST) -> list[ModelProgress]:
+        return [progress async for progress in self.calls.stream(request)]
+
+    def outcomes(self) -> dict[tuple[str, str], float]:
+        (family,) = self.metrics.model_calls.collect()
+        return {
+            (sample.labels["model"], sample.labels["outcome"]): sample.value
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
+
+    def running(self) -> list[int]:
+        return [self.router._models[name].running for name in "ab"]  # pyright: ignore
+
+
+def text_of(progresses: list[ModelProgress]) -> str:
+    return "".join(progress.text for progress in progresses)
+
+
+# One call
+
+
+async def test_an_answer_comes_as_it_is_and_ends_with_what_it_cost() -> None:
+    world = World(Models(a=[[said("Hel"), said("lo"), whole("!")]]))
+    *before, last = await world.ask()
+    assert before == [said("Hel"), said("lo")]
+    assert last == replace(whole("!"), cost=DOLLARS)
+    assert world.outcomes() == {("a", "answered"): 1}
+    assert world.running() == [0, 0]
+
+
+async def test_what_the_check_finds_is_told_with_the_last_of_it() -> None:
+    seen: list[tuple[str, tuple[ToolCall, ...]]] = []
+
+    def check(text: str, calls: tuple[ToolCall, ...]) -> str:
+        seen.append((text, calls))
+        return "it is wrong"
+
+    call = ToolCall("c", "echo", "{}")
+    world = World(Models(a=[[said("let me "), whole("see", "tool_calls", call)]]))
+    *_, last = await world.ask(replace(REQUEST, check=check))
+    assert (last.problem, last.cost) == ("it is wrong", DOLLARS)
+    assert seen == [("let me see", (call,))]
+    assert world.outcomes() == {("a", "rejected"): 1}
+
+
+async def test_a_lost_call_says_what_it_cost_as_far_as_that_can_be_told() -> None:
+    world = World(Models(a=[[said("x" * 4_000), broken()]]))
+    with pytest.raises(ModelUnavailableError) as caught:
+        await world.ask(replace(REQUEST, messages=b"m" * 4_000))
+    # A thousand tokens each: four bytes are one.
+    assert caught.value.fields["cost"] == pytest.approx(1_000 * (1 + 4) / 1e6)
+    assert world.outcomes() == {("a", "lost"): 1}
+
+
+async def test_a_call_that_never_said_anything_cost_nothing() -> None:
+    world = World(Models(a=[[broken()]]))
+    with pytest.raises(ModelUnavailableError) as caught:
+        await world.ask()
+    assert "cost" not in caught.value.fields
+
+
+async def test_a_caller_that_leaves_cancels_its_call() -> None:
+    world = World(Models(a=[[said("a"), said("b"), whole()]]))
+    async with aclosing(world.calls.stream(REQUEST)) as answer:
+        assert await anext(answer) == said("a")
+    assert world.outcomes() == {("a", "cancelled"): 1}
+    assert world.models.closed == ["a"]
+    assert world.running() == [0, 0]
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_cancels_its_call() -> None:
+    world = World(Models(a=[[asyncio.Event(), whole()]]))
+    asking = asyncio.create_task(world.ask())
+    await settled()
+    assert world.running() == [1, 0]
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert world.outcomes() == {("a", "cancelled"): 1}
+    assert world.models.closed == ["a"]
+
+
+# The breaker
+
+QUICK: dict[str, Any] = {"breaker": {"min_calls": 1, "open_s": 0.01}}
+
+
+async def test_an_open_breaker_is_waited_for_and_its_probe_closes_it() -> None:
+    models = Models(a=[[broken()], [whole("back")]])
+    world = World(models, clock=SystemClock(), **QUICK)
+    with pytest.raises(ModelUnavailableError):
+        await world.ask()
+    assert not world.router.health()["a"].healthy
+    assert text_of(await world.ask()) == "back"
+    assert world.router.health()["a"].healthy
+
+
+async def test_calls_that_wait_for_a_probe_go_on_when_it_has_closed_the_breaker() -> None:
+    models = Models(a=[[broken()], [whole("1")], [whole("2")], [whole("3")]])
+    world = World(models, clock=SystemClock(), **QUICK)
+    with pytest.raises(ModelUnavailableError):
+        await world.ask()
+    answers = await asyncio.gather(*(world.ask() for _ in range(3)))
+    assert sorted(map(text_of, answers)) == ["1", "2", "3"]
+
+
+async def test_a_probe_that_is_cancelled_makes_way_for_the_next() -> None:
+    models = Models(a=[[broken()], [said("x"), asyncio.Event()], [whole("back")]])
+    world = World(models, clock=SystemClock(), **QUICK)
+    with pytest.raises(ModelUnavailableError):
+        await world.ask()
+    async with aclosing(world.calls.stream(REQUEST)) as answer:
+        await anext(answer)
+        assert world.router.wait_s("a") > 0
+    assert text_of(await world.ask()) == "back"
+
+
+async def test_a_limit_is_waited_out() -> None:
+    limited = ModelRateLimitedError("slow down", retry_after_s=0.02)
+    world = World(Models(a=[[limited], [whole("ok")]]), clock=SystemClock())
+    with pytest.raises(ModelRateLimitedError):
+        await world.ask()
+    assert world.router.wait_s("a") > 0
+    assert text_of(await world.ask()) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("about", "settings"),
+    [
+        ({}, {"first_token_timeout_s": 59.0}),
+        ({"timeout_s": 59.0}, {}),
+        ({"patient": False}, {}),
+    ],
+    ids=["longer than a first token may", "longer than the step has", "another one is there"],
+)
+async def test_who_would_wait_too_long_is_sent_away_at_once(
+    about: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    limited = ModelRateLimitedError("slow down", retry_after_s=59.5)
+    world = World(Models(a=[[limited]]), **settings)
+    with pytest.raises(ModelRateLimitedError):
+        await world.ask()
+    with pytest.raises(ModelUnavailableError, match=r"left alone for 59\.5 s") as caught:
+        await world.ask(replace(REQUEST, **about))
+    assert caught.value.fields["retry_after_s"] == 59.5
+    assert world.models.called == ["a"]
+    assert world.outcomes() == {("a", "lost"): 1}
+
+
+async def test_a_model_that_is_no_longer_there_is_said_so() -> None:
+    with pytest.raises(ModelError, match="there is no model 'gone'"):
+        await World(Models()).ask(replace(REQUEST, model="gone"))
+
+
+# The hedge
+
+HEDGE: dict[str, Any] = {"routing": {"hedge_after_s": 0.01}}
+
+
+async def test_a_late_first_token_calls_another_model_and_the_first_to_speak_goes_on() -> None:
+    models = Models(a=[[asyncio.Event(), whole("late")]], b=[[said("I am "), whole("here")]])
+    world = World(models, **HEDGE)
+    progresses = await world.ask(HEDGED)
+    assert text_of(progresses) == "I am here"
+    assert [progress.model for progress in progresses] == [None, "b"]
+    assert world.outcomes() == {("a", "cancelled"): 1, ("b", "answered"): 1}
+    assert models.closed == ["a", "b"]
+    assert not models.requests[1].patient
+    assert world.running() == [0, 0]
+
+
+async def test_a_first_token_in_time_calls_nobody_else() -> None:
+    models = Models(a=[[said("quick "), asyncio.Event()]])
+    world = World(models, routing={"hedge_after_s": 60.0})
+    async with aclosing(world.calls.stream(HEDGED)) as answer:
+        assert (await anext(answer)).text == "quick "
+    assert models.called == ["a"]
+    assert world.outcomes() == {("a", "cancelled"): 1}
+
+
+async def test_the_first_model_can_still_win() -> None:
+    speak = asyncio.Event()
+    models = Models(a=[[speak, said("first"), whole()]], b=[[asyncio.Event()]])
+    world = World(models, **HEDGE)
+    asking = asyncio.create_task(world.ask(HEDGED))
+    async with asyncio.timeout(5):
+        while models.called != ["a", "b"]:
+            await asyncio.sleep(0.001)
+    speak.set()
+    progresses = await asking
+    assert text_of(progresses) == "first"
+    assert {progress.model for progress in progresses} == {None}
+    assert world.outcomes() == {("a", "answered"): 1, ("b", "cancelled"): 1}
+
+
+@pytest.mark.parametrize("first_fails", ["early", "late"])
+async def test_one_that_fails_leaves_the_race_to_the_other(first_fails: str) -> None:
+    fail, speak = asyncio.Event(), asyncio.Event()
+    models = Models(a=[[fail, broken()]], b=[[speak, whole("here")]])
+    world = World(models, **HEDGE)
+    asking = asyncio.create_task(world.ask(HEDGED))
+    async with asyncio.timeout(5):
+        while models.called != ["a", "b"]:
+            await asyncio.sleep(0.001)
+    fail.set()
+    if first_fails == "early":
+        await settled()
+    speak.set()
+    assert text_of(await asking) == "here"
+    assert world.outcomes()["b", "answered"] == 1
+
+
+async def test_a_failure_before_the_hedge_is_the_callers_to_judge() -> None:
+    models = Models(a=[[broken()]])
+    world = World(models, routing={"hedge_after_s": 60.0})
+    with pytest.raises(ModelUnavailableError, match=BROKEN):
+        await world.ask(HEDGED)
+    assert models.called == ["a"]
+
+
+async def test_if_both_fail_the_last_failure_is_raised() -> None:
+    fail = asyncio.Event()
+    models = Models(a=[[fail, broken(model="a")]], b=[[broken(model="b")]])
+    world = World(models, **HEDGE)
+    asking = asyncio.create_task(world.ask(HEDGED))
+    async with asyncio.timeout(5):
+        while ("b", "lost") not in world.outcomes():
+            await asyncio.sleep(0.001)
+    fail.set()
+    with pytest.raises(ModelUnavailableError) as caught:
+        await asking
+    assert caught.value.fields["model"] == "a"
+    assert world.outcomes() == {("a", "lost"): 1, ("b", "lost"): 1}
+    assert world.running() == [0, 0]
+
+
+async def test_a_failure_behind_the_first_token_says_whose_it_is() -> None:
+    models = Models(a=[[asyncio.Event()]], b=[[said("half"), broken()]])
+    with pytest.raises(ModelUnavailableError) as caught:
+        await World(models, **HEDGE).ask(HEDGED)
+    assert caught.value.fields["answering"] == "b"
+
+
+async def test_a_hedged_call_that_is_cancelled_ends_both() -> None:
+    models = Models(a=[[asyncio.Event()]], b=[[asyncio.Event()]])
+    world = World(models, **HEDGE)
+    asking = asyncio.create_task(world.ask(HEDGED))
+    async with asyncio.timeout(5):
+        while world.running() != [1, 1]:
+            await asyncio.sleep(0.001)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert world.outcomes() == {("a", "cancelled"): 1, ("b", "cancelled"): 1}
+    assert world.running() == [0, 0]
+
+
+async def test_a_text_that_is_gone_on_with_is_not_hedged() -> None:
+    wait = asyncio.Event()
+    models = Models(a=[[wait, whole("on")]])
+    world = World(models, **HEDGE)
+    asking = asyncio.create_task(world.ask(replace(HEDGED, continue_text=True)))
+    await asyncio.wait({asking}, timeout=0.05)
+    assert models.called == ["a"]
+    wait.set()
+    assert text_of(await asking) == "on"
+
+
+# The cache
+
+
+async def test_a_miss_streams_through_as_it_comes() -> None:
+    more = asyncio.Event()
+    world = World(Models(a=[[said("one "), more, whole("two")]]), cached=True)
+    async with aclosing(world.calls.stream(COLD)) as answer:
+        assert await anext(answer) == said("one ")
+        more.set()
+        last = await anext(answer)
+    assert last == replace(whole("two"), cost=DOLLARS)
+
+
+async def test_a_hit_comes_whole_and_costs_nothing() -> None:
+    world = World(Models(a=[[said("one "), whole("two")]]), cached=True)
+    await world.ask(COLD)
+    [hit] = await world.ask(COLD)
+    assert (hit.text, hit.finish_reason, hit.cached, hit.cost) == ("one two", "stop", True, 0.0)
+    assert hit.usage == Usage(1_000_000, 500_000, cached_tokens=1_000_000)
+    assert world.models.called == ["a"]
+    assert world.outcomes() == {("a", "answered"): 1}
+
+
+async def test_equal_calls_at_the_same_time_make_one() -> None:
+    go = asyncio.Event()
+    world = World(Models(a=[[said("one "), go, whole("two")]]), cached=True)
+    asking = [asyncio.create_task(world.ask(COLD)) for _ in range(50)]
+    await settled()
+    go.set()
+    answers = await asyncio.gather(*asking)
+    assert {text_of(answer) for answer in answers} == {"one two"}
+    assert sum(answer[-1].cost for answer in answers) == DOLLARS
+    assert [answer[-1].cached for answer in answers].count(False) == 1
+    assert world.models.called == ["a"]
+
+
+async def test_the_one_whose_call_it_was_can_leave_the_others_to_it() -> None:
+    go = asyncio.Event()
+    world = World(Models(a=[[said("one "), go, whole("two")]]), cached=True)
+    first = asyncio.create_task(world.ask(COLD))
+    await settled()
+    second = asyncio.create_task(world.ask(COLD))
+    await settled()
+    first.cancel()
+    await asyncio.wait({first})
+    go.set()
+    assert text_of(await second) == "one two"
+    assert world.outcomes() == {("a", "answered"): 1}
+
+
+async def test_if_all_leave_the_call_ends() -> None:
+    world = World(Models(a=[[said("one "), asyncio.Event()]]), cached=True)
+    async with aclosing(world.calls.stream(COLD)) as answer:
+        await anext(answer)
+    await settled()
+    assert world.outcomes() == {("a", "cancelled"): 1}
+    await world.cache.close()
+
+
+async def test_a_lost_call_is_lost_for_all_that_shared_it_and_is_made_again() -> None:
+    go = asyncio.Event()
+    world = World(Models(a=[[said("half"), go, broken()], [whole("ok")]]), cached=True)
+    asking = [asyncio.create_task(world.ask(COLD)) for _ in range(3)]
+    await settled()
+    go.set()
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    assert {type(result) for result in results} == {ModelUnavailableError}
+    assert text_of(await world.ask(COLD)) == "ok"
+
+
+async def test_a_rejected_answer_is_shared_with_its_problem_and_not_kept() -> None:
+    go = asyncio.Event()
+    models = Models(a=[[go, whole("bad", "length")], [whole("good")]])
+    world = World(models, cached=True)
+
+    def check(text: str, calls: tuple[ToolCall, ...]) -> str | None:
+        return None if text == "good" else "it is bad"
+
+    request = replace(COLD, check=check)
+    asking = [asyncio.create_task(world.ask(request)) for _ in range(3)]
+    await settled()
+    go.set()
+    for answer in await asyncio.gather(*asking):
+        assert (answer[-1].problem, answer[-1].finish_reason) == ("it is bad", "length")
+    [good] = await world.ask(request)
+    assert (good.text, good.cached, good.problem) == ("good", False, None)
+    assert models.called == ["a", "a"]
+
+
+async def test_a_kept_answer_is_checked_for_each_that_asks() -> None:
+    world = World(Models(a=[[whole("fine")]]), cached=True)
+    await world.ask(COLD)
+    [hit] = await world.ask(replace(COLD, check=lambda text, calls: f"no {text}"))
+    assert (hit.cached, hit.problem) == (True, "no fine")
+
+
+async def test_the_answer_of_a_hedge_is_not_kept_as_the_models_own() -> None:
+    models = Models(a=[[asyncio.Event()], [whole("mine")]], b=[[whole("not yours")]])
+    world = World(models, cached=True, **HEDGE)
+    request = replace(HEDGED, temperature=0.0)
+    assert text_of(await world.ask(request)) == "not yours"
+    assert text_of(await world.ask(request)) == "mine"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        REQUEST,
+        replace(COLD, cache=False),
+        replace(COLD, tools=b"{}"),
+        replace(COLD, continue_text=True),
+    ],
+    ids=["warm", "forbidden", "tools", "continued"],
+)
+async def test_what_may_not_be_kept_is_called_each_time(request_: ModelRequest) -> None:
+    world = World(Models(a=[[whole("1")], [whole("2")]]), cached=True)
+    assert text_of(await world.ask(request_)) == "1"
+    assert text_of(await world.ask(request_)) == "2"
+
+
+async def test_an_own_opinion_decides_before_the_temperature() -> None:
+    world = World(Models(a=[[whole("1")]]), cached=True)
+    request = replace(REQUEST, cache=True, tools=b"{}")
+    await world.ask(request)
+    [hit] = await world.ask(request)
+    assert hit.cached

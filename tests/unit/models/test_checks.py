@@ -1,0 +1,173 @@
+"""What is wrong with an answer, and that looking for it is harmless."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from agentray.errors import InvalidRequestError
+from agentray.events import ToolCall
+from agentray.models.checks import (
+    arguments_problem,
+    check_schema,
+    output_problem,
+    tool_calls_problem,
+)
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("text", ['{"name":"Ada"}', ' {"name": "Ada", "age": 36}\n'])
+def test_a_text_that_follows_the_schema_has_no_problem(text: str) -> None:
+    assert output_problem(text, PERSON) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the answer is no JSON"),
+        ("Here you are: {}", "the answer is no JSON"),
+        ('{"name":"Ada"', "the answer is no JSON"),
+        (DEEP, "the answer is no JSON"),
+        ("[]", "the answer: [] is not of type 'object'"),
+        ("{}", "the answer: 'name' is a required property"),
+        ('{"name":7}', "the answer: name: 7 is not of type 'string'"),
+        ('{"name":"Ada","age":-1}', "the answer: age: -1 is less than the minimum of 0"),
+        ('{"name":"Ada","job":1}', "the answer: Additional properties are not allowed"),
+    ],
+)
+def test_the_problem_says_where_and_what(text: str, said: str) -> None:
+    problem = output_problem(text, PERSON)
+    assert problem is not None
+    assert problem.startswith(said)
+
+
+def test_a_place_deep_inside_is_named() -> None:
+    schema = {"properties": {"rows": {"items": {"properties": {"n": {"type": "integer"}}}}}}
+    problem = output_problem('{"rows":[{"n":1},{"n":"x"}]}', schema)
+    assert problem == "the answer: rows[1].n: 'x' is not of type 'integer'"
+
+
+def test_what_a_model_said_is_not_repeated_at_length() -> None:
+    problem = output_problem('{"name":' + str([1] * 10_000) + "}", PERSON)
+    assert problem is not None
+    assert len(problem) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("1" + "0" * 400, {"multipleOf": 0.1}),
+        ('"x"', {"$ref": "#/$defs/none"}),
+        ('"x"', {"$ref": "#"}),
+        ('"x"', {"$ref": "http://127.0.0.1:9/schema.json"}),
+    ],
+)
+def test_no_schema_breaks_its_check(
+    text: str, schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("a schema was fetched")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert output_problem(text, schema) is not None
+
+
+# Schemas
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        PERSON,
+        {},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        {"properties": {"$ref": {"type": "string"}}},
+    ],
+)
+def test_a_schema_is_one(schema: dict[str, Any]) -> None:
+    check_schema(schema, param="text.format.schema")
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "thing"}, "no valid JSON schema"),
+        ({"properties": []}, "no valid JSON schema"),
+        ({"pattern": "("}, "no valid JSON schema"),
+        ({"$ref": "http://169.254.169.254/x"}, "refers to http://169.254.169.254/x"),
+        ({"allOf": [{"items": {"$ref": "file:///etc/passwd"}}]}, "refers to file"),
+        ({"properties": {"a": {"$dynamicRef": "other#a"}}}, "refers to other#a"),
+    ],
+)
+def test_what_is_no_schema_or_refers_elsewhere_is_refused(
+    schema: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        check_schema(schema, param="text.format.schema")
+    assert caught.value.fields["param"] == "text.format.schema"
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(2_000):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        check_schema(schema, param="p")
+
+
+# Tool calls
+
+
+def call(arguments: str, name: str = "person") -> ToolCall:
+    return ToolCall("c", name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ('{"name":"Ada"}', None),
+        ("", "arguments of person: 'name' is a required property"),
+        ("{name: Ada}", "the arguments of person are no JSON:"),
+        (DEEP, "the arguments of person are no JSON:"),
+        ('["Ada"]', "the arguments of person are no JSON object"),
+        ("null", "the arguments of person are no JSON object"),
+        ('{"name":"Ada","age":"x"}', "arguments of person: age: 'x' is not of type 'integer'"),
+    ],
+)
+def test_arguments_fit_the_tools_schema_or_it_is_said_why_not(
+    arguments: str, said: str | None
+) -> None:
+    problem = arguments_problem(call(arguments), PERSON)
+    if said is None:
+        assert problem is None
+    else:
+        assert problem is not None
+        assert problem.startswith(said)
+
+
+def test_no_arguments_are_an_empty_object() -> None:
+    assert arguments_problem(call(""), {"type": "object"}) is None
+
+
+def test_the_first_bad_call_is_named() -> None:
+    def parameters(name: str) -> dict[str, Any] | None:
+        return PERSON if name == "person" else None
+
+    good, bad = call('{"name":"Ada"}'), call("{}")
+    assert tool_calls_problem((good, good), parameters) is None
+    assert tool_calls_problem((), parameters) is None
+    assert tool_calls_problem((good, call("{}", "x" * 200), bad), parameters) == (
+        f"there is no tool {'x' * 80!r}"
+    )
+    problem = tool_calls_problem((good, bad), parameters)
+    assert problem is not None
+    assert "required" in problem
