@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ TPS = 100.0
 TTFT_MS = 20.0
 TURN_S = 60.0
 SEED = 3
+ATTEMPTS = 6
+"""Calls that a step may make: a server dies here every second, and a turn may meet several."""
 MODELS: dict[str, dict[str, Any]] = {
     "a": {"continues_text": True, "card": {"tier": "small"}},
     "b": {"continues_text": False, "card": {"tier": "small"}},
@@ -62,6 +64,14 @@ FULL = Scale(1_000, 8, (8, 18))
 QUICK = Scale(120, 8, (8, 18))
 
 
+@dataclass(frozen=True, slots=True)
+class Voided:
+    """An attempt of a turn that ended without an answer; ``had_text`` says that it said some."""
+
+    had_text: bool
+    continues: bool
+
+
 @dataclass(slots=True)
 class Turn:
     """A turn as its client saw it, and as the journal has it."""
@@ -71,13 +81,13 @@ class Turn:
     gap_s: float = 0.0
     stream: ResponseStream | None = None
     problems: list[str] = field(default_factory=list)
-    voided: list[dict[str, Any]] = field(default_factory=list)
+    voided: list[Voided] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
 
     @property
     def met(self) -> str:
         """What it met, as the journal tells."""
-        if any(event.get("text") for event in self.voided):
+        if any(attempt.had_text for attempt in self.voided):
             return AFTER
         return BEFORE if self.voided or len(self.models) > 1 else CALM
 
@@ -102,6 +112,9 @@ class Failover:
             endpoints = {s.name: {"url": s.url, **MODELS[s.name]} for s in servers}
             settings = {
                 "AGENTRAY_MODELS__ENDPOINTS": json.dumps(endpoints),
+                # Its speed is set in every system of the benchmarks, which would switch it on.
+                "AGENTRAY_MODELS__SIMULATOR__ENABLED": "false",
+                "AGENTRAY_MODELS__ATTEMPTS": str(ATTEMPTS),
                 "AGENTRAY_AGENTS": json.dumps({"assistant": {"tools": []}}),
             }
             self._report.say("starting agentray")
@@ -174,8 +187,8 @@ class Failover:
         self._report.series += [_series(name, met, calm_ms) for name, met in by_met.items()]
         died_after = sum(count.died_after for count in counts)
         died_before = sum(count.died_before for count in counts)
-        voided = [event for turn in turns for event in turn.voided]
-        with_text = [event for event in voided if event.get("text")]
+        voided = [attempt for turn in turns for attempt in turn.voided]
+        with_text = [attempt for attempt in voided if attempt.had_text]
         if abs(len(with_text) - died_after) > 0.05 * died_after:
             self._report.note(
                 f"the servers count {died_after} deaths after the first token, the journals "
@@ -190,7 +203,7 @@ class Failover:
                     "after_first_token": died_after,
                     "before_first_token": died_before,
                     "voided_with_text": len(with_text),
-                    "voided_and_continued": sum(bool(e.get("continues")) for e in with_text),
+                    "voided_and_continued": sum(attempt.continues for attempt in with_text),
                     "voided_without_text": len(voided) - len(with_text),
                     "of_servers": dict(sorted(deaths.happened.items())),
                     "calls_by_model": dict(Counter(m for turn in turns for m in turn.models)),
@@ -267,11 +280,22 @@ async def _compare(http: aiohttp.ClientSession, turn: Turn) -> None:
     path = f"/v1/sessions/{session}/events"
     async with http.get(path, params={"turn_id": turn_id, "limit": 1000}) as answer:
         events: list[dict[str, Any]] = (await answer.json())["data"]
-    turn.voided = [event for event in events if event["type"] == "model.voided"]
+    turn.voided = list(_voided(events))
     turn.models = [event["model"] for event in events if event["type"] == "model.called"]
     endings = [event["type"] for event in events].count("turn.finished")
     if endings != 1:
         turn.problems.append(f"the journal has {endings} ends of the turn")
+
+
+def _voided(events: Sequence[dict[str, Any]]) -> Iterator[Voided]:
+    """Return the attempts that were voided; the text of those before them is not theirs."""
+    begins = 0
+    for event in events:
+        if event["type"] == "model.called":
+            begins = event.get("continued_from", 0)
+        elif event["type"] == "model.voided":
+            had_text = len(event.get("text", "")) > begins
+            yield Voided(had_text, bool(event.get("continues")))
 
 
 def _figure(name: str) -> Callable[[Series], object]:
@@ -309,6 +333,7 @@ def main() -> int:
         "chunks": CHUNKS,
         "tokens_per_s": TPS,
         "ttft_ms": TTFT_MS,
+        "attempts": ATTEMPTS,
         "models": MODELS,
         "seed": SEED,
     }

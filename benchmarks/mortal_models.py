@@ -16,7 +16,7 @@ from benchmarks.system import free_port, running
 __all__ = ["Deaths", "ModelServer"]
 
 _CUT, _EARLY, _KILLED = "streams cut", "cut before the first token", "killed"
-_KINDS = {_CUT: 6, _EARLY: 2, _KILLED: 3}
+_KINDS = {_CUT: 7, _EARLY: 2, _KILLED: 2}
 """How one dies, and how often it is that way."""
 _DOWN_S = (0.2, 0.8)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
+import os
 import sys
 import time
 import urllib.request
@@ -41,6 +41,8 @@ SIMULATOR = "simulator"
 WHOLE, STREAMED = "whole", "20 chunks"
 KINDS = {WHOLE: "completion", STREAMED: "chat"}
 CONNECTIONS = 32
+PROCESSES = max(2, len(os.sched_getaffinity(0)))
+"""Session hosts of agentray, and as many workers of LiteLLM."""
 AGENT = "assistant"
 PATH = "/v1/chat/completions"
 PRICES = {"small": {"input": 0.15, "output": 0.6}, "large": {"input": 2.5, "output": 10.0}}
@@ -55,12 +57,15 @@ class Scale:
     most_s: float
     scheduled_s: float
     warm_turns: int
+    pause_s: float
     rest_s: float
     until_s: float
+    litellm_workers: int
 
 
-FULL = Scale(3, 4.0, 17.0, 40, 10.0, 640.0)
-QUICK = Scale(1, 0.5, 2.0, 2, 1.0, 300.0)
+FULL = Scale(3, 4.0, 17.0, 10, 1.5, 10.0, 600.0, PROCESSES)
+# Each of LiteLLM's workers takes ten seconds to import what it is made of.
+QUICK = Scale(1, 0.4, 2.0, 1, 0.5, 0.5, 300.0, 1)
 
 
 def _client(path: str, model: str, kind: str) -> Callable[[int, int], Client]:
@@ -88,7 +93,6 @@ class Router:
         self._began = time.monotonic()
         self._pids: dict[int, str] = {}
         self._cells: dict[tuple[str, str, bool], Cell] = {}
-        self._idle: dict[str, float] = {}
         self._asked = 0
 
     async def run(self) -> None:
@@ -128,14 +132,13 @@ class Router:
         urls = dict.fromkeys(PRICES, f"http://{self._simulator}/v1")
         self._system = AgentRay(folder, self._stores, _settings(urls))
         self._report.say("starting agentray and LiteLLM")
-        # One after the other: each has a stack that ends it, whichever does not come up.
-        await stack.enter_async_context(self._system)
-        state = self._system.state
-        assert state is not None
-        self._litellm: LiteLLM = await stack.enter_async_context(
-            litellm(program, folder, workers=state.hosts, urls=urls, prices=PRICES)
+        theirs = litellm(
+            program, folder, workers=self._scale.litellm_workers, urls=urls, prices=PRICES
         )
-        self._report.settings |= {"agentray_hosts": state.hosts, "litellm_workers": state.hosts}
+        async with asyncio.TaskGroup() as starts:
+            starts.create_task(stack.enter_async_context(self._system))
+            proxy = starts.create_task(stack.enter_async_context(theirs))
+        self._litellm: LiteLLM = proxy.result()
 
     def _classify(self) -> Mapping[int, str]:
         theirs = dict.fromkeys(self._litellm.processes(), LITELLM)
@@ -177,16 +180,17 @@ class Router:
 
     async def _rest(self) -> None:
         """Measure what all processes take while nobody asks anything."""
+        await asyncio.sleep(self._scale.pause_s)
         meter = CpuMeter(self._classify)
         meter.start()
         await asyncio.sleep(self._scale.rest_s)
         use = meter.stop()
-        self._idle = {
+        cores = {
             group: round(seconds / use.seconds, 4)
             for group, seconds in sorted(use.groups.items())
             if group != OTHERS
         }
-        self._report.series.append(Series("idle", "cores", {"n": 1, "cores": self._idle}))
+        self._report.series.append(Series("idle", "cores", {"n": 1, "cores": cores}))
 
     async def _compare(self, kind: str, rows: Sequence[Row]) -> None:
         scale = self._scale
@@ -223,6 +227,8 @@ class Router:
         )
         self._asked += measured.turns + len(measured.errors)
         cell.rounds.append((measured, used[0]))
+        # LiteLLM works on behind its answers: the next row is not to meet that.
+        await asyncio.sleep(self._scale.pause_s)
         if measured.errors:
             self._report.note(
                 f"{row.name}, {kind}: {len(measured.errors)} requests failed: {measured.errors[0]}"
@@ -246,7 +252,7 @@ class Router:
         cells = [cell for cell in self._cells.values() if cell.rounds]
         for cell in cells:
             direct = self._cell(DIRECT, cell.kind, cell.rate)
-            self._report.series.append(cell.series(direct, self._idle))
+            self._report.series.append(cell.series(direct))
         tell_others(self._report, [use for cell in cells for _, use in cell.rounds])
         for kind in KINDS:
             self._report.targets += self._targets(kind)
@@ -258,9 +264,8 @@ class Router:
         answered = "streamed" if kind == STREAMED else "whole"
 
         def times(of: Mapping[str, Cell]) -> float | None:
-            ours = of[AGENTRAY].per_cpu_s(self._idle)
-            theirs = of[LITELLM].per_cpu_s(self._idle)
-            return ours / theirs if ours and theirs and math.isfinite(ours) else None
+            ours, theirs = of[AGENTRAY].per_cpu_s(), of[LITELLM].per_cpu_s()
+            return ours / theirs if ours and theirs else None
 
         return [
             Target(
@@ -294,6 +299,9 @@ def _settings(urls: Mapping[str, str]) -> dict[str, str]:
     }
     return {
         "AGENTRAY_MODELS__ENDPOINTS": json.dumps(endpoints),
+        # Its speed is set in every system of the benchmarks, which would switch it on.
+        "AGENTRAY_MODELS__SIMULATOR__ENABLED": "false",
+        "AGENTRAY_SESSIONS__HOSTS": str(PROCESSES),
         "AGENTRAY_AGENTS": json.dumps({AGENT: {"instructions": "", "tools": []}}),
     }
 
@@ -330,7 +338,6 @@ COLUMNS: dict[str, Callable[[Series], object]] = {
     "added p99": _figure("added_p99"),
     "CPU s": _figure("gateway_cpu_s"),
     "req/CPU s": _figure("requests_per_cpu_s"),
-    "less idle": _figure("requests_per_cpu_s_without_idle"),
 }
 
 
@@ -345,6 +352,7 @@ def main() -> int:
         "chunks": 20,
         "simulator_tps": TPS,
         "prices": PRICES,
+        "agentray_hosts": PROCESSES,
         "litellm": litellm_version(),
     }
     measure(Router(report, scale).run())

@@ -136,12 +136,18 @@ _TASKS = (
     _Task(
         0.05,
         (
-            "Plan a three-day trip to {city} for {few} people in {month}, trains and hotels"
-            " included, for less than {number} euros.",
-            "Put together a training plan for a half marathon in {month} and enter it in my"
-            " calendar.",
-            "We are {few} people and move to {city} in {month}. Make a list of what has to be done"
-            " until then, with dates, and check which of them are free.",
+            (
+                "Plan a three-day trip to {city} for {few} people in {month}, trains and hotels"
+                " included, for less than {number} euros."
+            ),
+            (
+                "Put together a training plan for a half marathon in {month} and enter it in my"
+                " calendar."
+            ),
+            (
+                "We are {few} people and move to {city} in {month}. Make a list of what has to be"
+                " done until then, with dates, and check which of them are free."
+            ),
         ),
         tools=(4, 10),
         calls=(2, 5),
@@ -151,10 +157,14 @@ _TASKS = (
         (
             "Should we lease or buy {few} {thing}s? Evaluate both over five years, step by step.",
             "Prove that the sum of the first n odd numbers is a square.",
-            "Design a fair rota for {few} people with two night shifts a week. What are the"
-            " trade-offs?",
-            "Two of my three best people want to leave. What would be a good strategy for the next"
-            " {few} months?",
+            (
+                "Design a fair rota for {few} people with two night shifts a week. What are the"
+                " trade-offs?"
+            ),
+            (
+                "Two of my three best people want to leave. What would be a good strategy for the"
+                " next {few} months?"
+            ),
             "Derive the monthly rate of a loan of {number} euros over ten years at four percent.",
         ),
     ),

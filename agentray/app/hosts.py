@@ -37,6 +37,7 @@ def _open_door(process: OwnerProcess) -> None:
         catalog=process.catalog,
         settings=settings,
         metrics=process.metrics_page,
+        model_health=process.router.health,
         completions=completions,
         open_streams=process.metrics.streams,
         draining=process.stopping,

@@ -237,6 +237,8 @@ def _bad_models(settings: Settings) -> Iterator[tuple[Path, str]]:
         if agent.model is not None and agent.models and agent.model not in agent.models:
             yield path, f"found {agent.model!r}; expected one of its models"
     answering = [name for name in names if models.card(name).kind == "chat"]
+    if names and not answering:
+        yield ("models",), "found embedding models alone; expected one that answers chats"
     for path, model in asked:
         if model is not None and model not in answering:
             known = f"expected one of {', '.join(answering)}"

@@ -80,6 +80,8 @@ _STATUSES = {
     "invalid_request": 400,
     "invalid_cursor": 400,
     "unsupported_parameter": 400,
+    "context_length_exceeded": 400,
+    "no_model": 400,
     "not_found": 404,
     "item_not_found": 404,
     "file_not_found": 404,

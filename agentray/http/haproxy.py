@@ -63,6 +63,7 @@ _MARK = "# rewritten by agentray\n"
 _DOOR = "frontend http_frontend"
 _RETURN_503 = "http-request return status 503 content-type application/json hdr Retry-After 1"
 _UNAVAILABLE = ("No session host is available; try again.", "server_error", "not_ready")
+_AWAY = ("What answers this address is away; try again.", "server_error", "not_ready")
 _NO_MODEL = ("The model is not being served now; try again.", "server_error", "model_unavailable")
 _DEFAULTS = [
     # Who sends half a request holds a connection no longer than this.
@@ -181,7 +182,7 @@ def error_responses() -> dict[int, str]:
     HAProxy that knows its own text alone.
     """
     late = ("The request's body did not arrive in time.", "invalid_request_error", "timeout")
-    away = _response("503 Service Unavailable", *_UNAVAILABLE, "Retry-After: 1")
+    away = _response("503 Service Unavailable", *_AWAY, "Retry-After: 1")
     return {
         408: _response("408 Request Timeout", *late, "Connection: close"),
         # A host that went away in the middle is as good a reason to try again as none at all.

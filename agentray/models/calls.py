@@ -47,15 +47,11 @@ class ModelCalls:
         self._settings = settings
         self._cache = cache
 
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
+    def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
         """Call and yield progress until the answer is whole. See ``ModelCaller.stream``."""
         if self._cache is None or request.continue_text or not self._may_cache(request):
-            answer = self._hedged(request)
-        else:
-            answer = self._through_cache(self._cache, request)
-        async with aclosing(answer):
-            async for progress in answer:
-                yield progress
+            return self._hedged(request)
+        return self._through_cache(self._cache, request)
 
     # The cache
 

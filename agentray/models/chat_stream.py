@@ -184,11 +184,11 @@ class ChatStream:
             chunk = _decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._malformed("an event is no chunk of a chat answer") from error
-        self.chunks += 1
         if chunk.error:
             raise refusal_in_answer(
                 self._model, msgspec.json.encode({"error": chunk.error}), self._secret
             )
+        self.chunks += 1
         if chunk.usage is not None:
             self.usage = _usage(chunk.usage)
         if not chunk.choices:

@@ -305,13 +305,21 @@ class ModelClient:
         response = await self._post(target, body, session_id, deadline, url)
         try:
             async with asyncio.timeout_at(deadline):
-                return await _read_at_most(response, MAX_ANSWER_BYTES)
+                answer = await _read_at_most(response, MAX_ANSWER_BYTES + 1)
         except TimeoutError as error:
             raise unavailable(target.model, "did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise unavailable(target.model, f"broke off: {shown(error)}") from error
         finally:
             response.close()
+        if len(answer) > MAX_ANSWER_BYTES:
+            # Asked again, it would be as large.
+            most = MAX_ANSWER_BYTES // 1024**2
+            raise ModelError(
+                f"model {target.model!r} gave an answer of more than {most} MiB",
+                model=target.model,
+            )
+        return answer
 
 
 async def _begun(answer: StreamedAnswer, chat: ChatStream) -> RawStream:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from agentray.config.settings import ModelsSettings
 from agentray.errors import InvalidRequestError, ModelContextLengthError, ModelError
@@ -170,6 +171,7 @@ class Completions:
         fields = body if isinstance(body, Mapping) else _decoded(body)
         facts = _facts_of(fields)
         step = _step(facts, fields, model, preferred or self._router.catalog.default, allowed)
+        step = replace(step, budget=self._settings.routing.step_cost_cap)
         if self._cache is not None and self._may_cache(facts, cache):
             return await self._through_cache(self._cache, step, fields, tenant, session_id)
         return await self._tried(step, fields, session_id)
@@ -237,8 +239,7 @@ class Completions:
                     choice.model, fields, session_id=session_id, timeout_s=left_s
                 )
             except ModelError as error:
-                attempt.lost(error)
-                step = _after(step, choice.model, error)
+                step = _after(step, choice.model, error, attempt.lost(error))
                 elsewhere = self._router.has_other(choice.route, choice.model, step.lost)
                 may_pass = self._may_pass(step, choice, error, elsewhere=elsewhere)
                 wait_s = 0.0 if elsewhere else self._backoff_s(calls - 1, choice.model, error)
@@ -324,8 +325,10 @@ def _step(
     )
 
 
-def _after(step: Step, model: str, error: ModelError) -> Step:
-    """Return what is known of a step behind a call that a model lost."""
+def _after(step: Step, model: str, error: ModelError, spent: float) -> Step:
+    """Return what is known of a step behind a call that a model lost; ``spent`` in US dollars."""
+    if step.budget is not None:
+        step = replace(step, budget=max(0.0, step.budget - spent))
     if isinstance(error, ModelContextLengthError) and step.overflowed is None:
         return replace(step, overflowed=model)
     return replace(step, lost=(*step.lost, model))

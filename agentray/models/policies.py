@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from agentray.config.settings import CardSettings
 from agentray.errors import ModelError
 from agentray.events import StepKind, Usage
@@ -40,8 +42,7 @@ class NoModelError(ModelError):
     code = "no_model"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a model step before its call.
 
     ``forced`` is the only model that the caller wants, ``allowed`` are those that the agent may
@@ -76,8 +77,7 @@ class Step:
         return Usage(self.prompt_tokens, self.output_tokens or USUAL_OUTPUT_TOKENS)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A model as it is now. ``position`` is its place in the configuration, ``away_s`` the time
     after which it may be called again (0 now), ``running`` the calls of this host."""
 
@@ -278,17 +278,20 @@ _BASE: dict[StepKind, float] = {
     "summarise": 0.1,
     "format": 0.05,
 }
-# A word's beginning in JSON, where that of a line follows the letter of its escape.
-_WORD = rb"(?i)(?:\b|(?<=\\[nrt]))"
-_SUMMARISE = re.compile(_WORD + rb"(?:summar(?:y|ies|i[sz]e)|tl;?dr|condense|key points|recap)\b")
-_FORMAT = re.compile(
-    _WORD + rb"(?:re-?format|translate|rewrite|convert|proofread|capitali[sz]e|"
-    rb"(?:as|to|in|into)(?: an?)? (?:json|csv|yaml|xml|markdown|table|bullet))"
+_SUMMARISE = frozenset(b"summary summaries summarise summarize condense recap".split())
+_FORMAT = frozenset(b"reformat translate rewrite convert proofread capitalise capitalize".split())
+_FORMS = frozenset(b"json csv yaml xml markdown table bullet bullets bulleted".split())
+_INTO_FORM = re.compile(
+    rb"\b(?:as|to|in|into)(?: an?)? (?:json|csv|yaml|xml|markdown|table|bullet)"
 )
-_REASONING = re.compile(
-    _WORD + rb"(?:prove|proof|derive|design|architect\w*|debug|refactor|optimi[sz]e|trade-?offs?|"
-    rb"root cause|step by step|analy[sz]e|diagnose|plan|strateg\w+|compare|evaluate|why)\b"
+_REASONING = frozenset(
+    b"prove proof derive design architect architects architecture architectural debug refactor"
+    b" optimise optimize tradeoff tradeoffs analyse analyze diagnose plan strategy strategies"
+    b" strategic compare evaluate why".split()
 )
+_REASONING_PHRASES = (b"root cause", b"step by step", b"trade-off")
+# A word, and not the letter of an escape in JSON before it.
+_WORDS = re.compile(rb"\\[nrt]|[a-z]+")
 _LONG_BYTES = 8_000
 _LOOK_BYTES = 1_000
 _MANY_TOOLS = 8
@@ -301,10 +304,13 @@ def step_kind(asked: bytes, *, step: int, tools: bool, output_schema: bool) -> S
     """
     if step > 1:
         return "tool_follow_up"
-    asked = _looked_at(asked)
-    if _SUMMARISE.search(asked):
+    said = _looked_at(asked).lower()
+    words = set(_WORDS.findall(said))
+    if words & _SUMMARISE or b"tl;dr" in said or b"key points" in said:
         return "summarise"
-    if output_schema or _FORMAT.search(asked):
+    if output_schema or words & _FORMAT or b"re-format" in said:
+        return "format"
+    if words & _FORMS and _INTO_FORM.search(said):
         return "format"
     return "plan" if tools else "answer"
 
@@ -322,10 +328,12 @@ def difficulty(
         # Long inputs are what these are for.
         return min(1.0, score + 0.1 * min(failed_tools, 2))
     score += 0.2 * min(1.0, len(asked) / _LONG_BYTES)
-    asked = _looked_at(asked)
-    score += 0.1 if b"```" in asked else 0.0
-    score += 0.15 * min(2, len({word.lower() for word in _REASONING.findall(asked)}))
-    score += 0.05 if asked.count(b"?") > 2 else 0.0
+    said = _looked_at(asked).lower()
+    reasoning = len(_REASONING.intersection(_WORDS.findall(said)))
+    reasoning += sum(phrase in said for phrase in _REASONING_PHRASES)
+    score += 0.1 if b"```" in said else 0.0
+    score += 0.15 * min(2, reasoning)
+    score += 0.05 if said.count(b"?") > 2 else 0.0
     score += 0.1 if tools > _MANY_TOOLS else 0.0
     score += 0.05 if turns > 10 else 0.0
     score += 0.15 * min(failed_tools, 2)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from msgspec.structs import replace
 from prometheus_client import Counter
 
 from agentray.clock import Clock
@@ -126,7 +127,8 @@ class Router:
             for position, endpoint in enumerate(catalog.endpoints)
         }
         self._alone: dict[tuple[str, str, str], Choice] = {}
-        # Looked for in the past only where it matters.
+        # What nobody asks about need not be found out.
+        self.compares = len(self._models) > 1
         self.minds_images = any(
             "image" not in endpoint.card.modalities for endpoint in catalog.endpoints
         )
@@ -241,11 +243,14 @@ class Router:
         found = self._models.get(model)
         return 0.0 if found is None else found.breaker.wait_s(self._clock.monotonic())
 
-    def away(self, model: str, wait_s: float) -> ModelUnavailableError:
-        """Return the error for a model that may only be called after ``wait_s``."""
-        why = self.health()[model].reason or "it takes no more calls for now"
-        return ModelUnavailableError(
-            f"model {model!r} is left alone for {wait_s:.1f} s: {why}",
+    def away(self, model: str, wait_s: float) -> ModelError:
+        """Return the error for a model that may only be called after ``wait_s``: it failed, or it
+        said that it was called too often."""
+        why = self.health()[model].reason
+        kind = ModelUnavailableError if why else ModelRateLimitedError
+        return kind(
+            f"model {model!r} is left alone for {wait_s:.1f} s: "
+            f"{why or 'it is rate limited: it takes no more calls for now'}",
             model=model,
             retry_after_s=wait_s,
         )
@@ -324,9 +329,10 @@ class Router:
             breaker.limited(now, _LIMITED_S if asked_s is None else float(asked_s), probe=probe)
         elif error is not None and (error.retryable or error.fields.get("status") in _ELSEWHERE):
             was_open = breaker.opened
-            breaker.failed(now, error.message, probe=probe)
+            breaker.failed(now, _why(error), probe=probe)
             if breaker.opened and not was_open:
-                log.warning("breaker_opened", model=attempt.model.endpoint.name, why=error.message)
+                name = attempt.model.endpoint.name
+                log.warning("breaker_opened", model=name, why=breaker.reason)
         elif error is not None:
             # It refused what it was asked: it is there.
             breaker.succeeded(now, probe=probe)
@@ -375,3 +381,9 @@ def may_succeed_elsewhere(error: ModelError) -> bool:
         or isinstance(error, ModelContextLengthError)
         or error.fields.get("status") in _ELSEWHERE
     )
+
+
+def _why(error: ModelError) -> str:
+    """Return what may be shown to anybody: what an endpoint says may repeat what it was asked."""
+    status = error.fields.get("status")
+    return error.message if status is None else f"it answered {status}"

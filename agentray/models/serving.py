@@ -145,14 +145,16 @@ def _telling_server() -> Any:
     # The name is shown by Serve, as Ray's own would be.
     class LLMServer(base):
         async def start(self) -> None:
-            where = Path("/proc/self/fd/2")
-            began = _size(where)
+            # The engine inherits them, and writes its traceback to either.
+            logs = [Path("/proc/self/fd/1"), Path("/proc/self/fd/2")]
+            began = [_size(log) for log in logs]
             try:
                 await base.start(self)
             except Exception as error:
                 reason = explain(error)
                 if _SEE_ABOVE.search(reason):
-                    reason = root_cause(_text(where, began)) or reason
+                    said = [_text(*log) for log in zip(logs, began, strict=True)]
+                    reason = root_cause("\n".join(said)) or reason
                 raise ModelError(reason) from error
 
     return LLMServer

@@ -98,6 +98,7 @@ class ModelSteps:
             preferred=preferred,
             tools=tools,
             minds_images=self._router.minds_images,
+            compares=self._router.compares,
             rules=actor.rules,
         )
         try:
@@ -302,7 +303,8 @@ class ModelSteps:
     ) -> tuple[Command, ...]:
         model = error.fields.get("answering") or turn.model
         route = actor.route
-        # A model that goes on is asked again; one that does not even begin makes way for another.
+        # A model that goes on is asked again; one that does not even begin, or that is left alone
+        # from now on, makes way for another.
         elsewhere = self._router.has_other(route, model, turn.lost)
         # To wait for what the step has no time for is in vain.
         asked_s = float(error.fields.get("retry_after_s") or 0.0)
@@ -316,7 +318,7 @@ class ModelSteps:
             text=text,
             continues=error.retryable
             and self._may_continue(replace(turn, model=model))
-            and (progressed or not elsewhere),
+            and (not elsewhere or (progressed and not self._router.wait_s(model))),
             cost=float(error.fields.get("cost") or 0.0),
             now=self._clock.now(),
             rules=actor.rules,

@@ -13,7 +13,6 @@ from agentray.agents.spec import Agents
 from agentray.clock import Clock, SystemClock
 from agentray.config.settings import Settings
 from agentray.errors import AgentRayError
-from agentray.models.base import ModelHealth
 from agentray.models.cache import ResponseCache
 from agentray.models.calls import ModelCalls
 from agentray.models.catalog import Catalog
@@ -21,6 +20,7 @@ from agentray.models.client import ModelClient
 from agentray.models.completions import Completions
 from agentray.models.embeddings import Embeddings
 from agentray.models.router import Router
+from agentray.models.serving import ServedModels
 from agentray.sessions.base import Placement
 from agentray.sessions.drain import drain
 from agentray.sessions.following import Following
@@ -64,7 +64,6 @@ class OwnerProcess:
         launch_dedicated: Callable[[str, str], Awaitable[None]] | None,
         hint: str | None = None,
         clock: Clock | None = None,
-        served_health: Callable[[str], ModelHealth] | None = None,
     ) -> None:
         if settings.postgres.url is None or settings.redis.url is None:
             raise ValueError("an owner process needs the addresses of PostgreSQL and Redis")
@@ -74,12 +73,13 @@ class OwnerProcess:
         self.metrics = Metrics()
         self.catalog = Catalog(settings.models, models_url)
         self._client = ModelClient(self.catalog, settings.models)
+        self._served = ServedModels(settings.models)
         self.router = Router(
             self.catalog,
             settings.models,
             clock=clock,
             metrics=self.metrics,
-            served_health=served_health,
+            served_health=self._served.health,
         )
         self.store = PostgresStore(
             settings.postgres.url.get_secret_value(), settings.postgres, term_s=sessions.term_s
@@ -209,6 +209,7 @@ class OwnerProcess:
             self._recovery.run(),
             self._listen(),
             self._exposition.run(),
+            self._served.run(),
         ):
             task = loop.create_task(loop_body)
             task.add_done_callback(self._ended)

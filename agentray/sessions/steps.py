@@ -34,12 +34,14 @@ def step_of(
     preferred: str | None,
     tools: int,
     minds_images: bool,
+    compares: bool,
     rules: Rules,
 ) -> Step:
     """Return what the router is to know of the turn's next model call.
 
     ``preferred`` is the model to be taken if it can be, ``tools`` the number of those offered.
-    Images are only looked for if somebody ``minds_images``.
+    Images are only looked for if a model ``minds_images``, and the difficulty is only estimated if
+    the router ``compares`` models.
     """
     asked = turn.messages[0]
     schema = output_schema(turn, agent) is not None
@@ -53,7 +55,9 @@ def step_of(
         kind=kind,
         difficulty=difficulty(
             kind, asked, tools=tools, turns=state.turns, failed_tools=turn.failed_tools
-        ),
+        )
+        if compares
+        else 0.0,
         prompt_tokens=size // _BYTES_PER_TOKEN,
         output_tokens=turn.options.max_output_tokens or agent.max_output_tokens,
         images=minds_images and any(_IMAGE in fragment for fragment in (*window, asked)),

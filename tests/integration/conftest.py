@@ -13,6 +13,9 @@ import httpx
 import pytest
 
 from agentray.config.state import read_state
+from tests.integration.scenes import Play, stage
+from tests.owners import SimulatorServer
+from tests.services import Services
 from tests.system import System
 
 SETTINGS = {
@@ -61,3 +64,17 @@ def http(system: System) -> Iterator[httpx.Client]:
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=20)
     with httpx.Client(base_url=system.url, timeout=60, limits=limits) as client:
         yield client
+
+
+@pytest.fixture(scope="package")
+def good_model() -> Iterator[SimulatorServer]:
+    """A simulator without Ray, for models that are played beside it."""
+    server = SimulatorServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def play(services: Services, good_model: SimulatorServer) -> Play:
+    """What makes a scene: given the URL of a model named bad, its settings, and all models'."""
+    return stage(services, good_model)

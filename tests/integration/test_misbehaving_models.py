@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from agentray.events import (
-    ModelCalled,
     ModelFailed,
     ModelFinished,
-    ModelVoided,
-    ToolFinished,
-    TurnFinished,
     TurnOptions,
 )
-from agentray.http.objects import ConversationMessage, ModelFallback, OutputText, Response
-from agentray.http.response_object import begin
-from agentray.http.responses import ResponseFold
-from agentray.sessions.base import TurnInfo
-from agentray.sessions.process import OwnerProcess
 from tests.followed_turn import script as sim
 from tests.integration.misbehaving import (
     CLOSE,
@@ -35,7 +23,6 @@ from tests.integration.misbehaving import (
     SSE,
     Steps,
     answer,
-    calls,
     error_body,
     event,
     in_turn,
@@ -45,21 +32,9 @@ from tests.integration.misbehaving import (
     self_signed,
     speaking,
 )
-from tests.journal import Journal, TurnEvents
-from tests.owners import TENANT, Owners, Reader, SimulatorServer, send
-from tests.services import Services, until
-
-FIRST_S, STALL_S, STEP_S = 0.6, 0.4, 4.0
-IMPATIENT = {
-    "connect_timeout_s": FIRST_S,
-    "first_token_timeout_s": FIRST_S,
-    "stall_timeout_s": STALL_S,
-    "step_timeout_s": STEP_S,
-}
-BAD = TurnOptions(model="bad")
-SIMULATOR = TurnOptions(model="simulator")
-
-names = (f"m{n}" for n in itertools.count())
+from tests.integration.scenes import BAD, ONE, PLAIN, Play, Scene
+from tests.owners import TENANT, send
+from tests.services import until
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,6 @@ BEFORE: dict[str, Fault] = {
     "a certificate of its own": Fault([HANG], "certificate", tls=True, waits=True),
     "an empty answer": Fault(answer(), "gave an empty answer"),
 }
-ONE: Steps = [SSE, event("one "), 0.05]
 AFTER: dict[str, Fault] = {
     "stalls": Fault([*ONE, HANG], "stalled"),
     "stalls, but is there": Fault([*ONE, *[COMMENT, 0.02] * 100, HANG], "stalled"),
@@ -113,162 +87,6 @@ AFTER: dict[str, Fault] = {
     ),
 }
 FAULTS = BEFORE | AFTER
-
-
-@dataclass
-class Scene:
-    """An owner with a model named bad, which an endpoint plays, and the simulator."""
-
-    owners: Owners
-    owner: OwnerProcess
-    session: str = field(default_factory=lambda: next(names))
-
-    async def run(self, text: str, options: TurnOptions = TurnOptions()) -> Told:
-        """Run a turn to its end, followed by a client."""
-        turn = await send(self.owner, self.session, text, options=options)
-        reader = await Reader(self.owner, self.session, turn.id).to_the_end()
-        assert reader.error is None
-        return Told(self, turn, reader)
-
-    async def still_answers(self) -> None:
-        """Assert that the session goes on, and that its journal is sound."""
-        told = await self.run(sim("well again"), SIMULATOR)
-        assert (told.end.status, told.reader.text) == ("completed", "well again")
-        self.journal().assert_sound()
-
-    def journal(self) -> Journal:
-        return self.owners.journal(self.session)
-
-    def count(self, name: str, **labels: str) -> float:
-        """Return what the owner counted."""
-        found = 0.0
-        for metric in self.owner.metrics.registry.collect():
-            for sample in metric.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    found += sample.value
-        return found
-
-
-@dataclass
-class Told:
-    """What a turn came to: what its client was told, and what the journal has of it."""
-
-    scene: Scene
-    turn: TurnInfo
-    reader: Reader
-
-    def __post_init__(self) -> None:
-        ends = self.reader.of(TurnFinished)
-        assert len(ends) == 1
-        self.end: TurnFinished = ends[0]
-        fold = ResponseFold(begin(self.scene.session, self.turn, agent="assistant"), self.turn.id)
-        events = fold.feed(self.reader.items)
-        numbers = [event.sequence_number for event in events]
-        assert numbers == sorted(set(numbers))
-        self.response: Response = fold.response
-        self.kinds = [str(event.__struct_config__.tag) for event in events]
-        self.fallbacks = [event for event in events if isinstance(event, ModelFallback)]
-
-    @property
-    def called(self) -> list[ModelCalled]:
-        return self.events.of(ModelCalled)
-
-    @property
-    def voided(self) -> list[ModelVoided]:
-        return self.events.of(ModelVoided)
-
-    @property
-    def models(self) -> list[str]:
-        """The models that were called, one after the other."""
-        return [called.model for called in self.called]
-
-    @property
-    def events(self) -> TurnEvents:
-        return self.scene.journal().turn(self.turn.id)
-
-    @property
-    def items(self) -> list[tuple[str, str]]:
-        """The messages of the response: status and text."""
-        found: list[tuple[str, str]] = []
-        for item in self.response.output:
-            assert isinstance(item, ConversationMessage)
-            texts = [part.text for part in item.content if isinstance(part, OutputText)]
-            found.append((item.status, "".join(texts)))
-        return found
-
-    def failed(self, code: str, says: str) -> None:
-        """Assert that the turn failed with this, wherever one asks, and said nothing else."""
-        assert (self.end.status, self.response.status) == ("failed", "failed")
-        assert self.end.error is not None
-        assert self.response.error is not None
-        assert self.end.error.code == self.response.error.type == code
-        assert says in self.end.error.message
-        assert says in self.response.error.message
-        assert not self.events.of(ModelFinished)
-        assert "completed" not in [status for status, _ in self.items]
-
-    def explained(self) -> None:
-        """Assert that each call says why it is that model's."""
-        for called in self.called:
-            assert called.route is not None
-            assert called.model in called.route.candidates
-            assert called.route.reason
-
-
-PLAIN = [
-    "response.created",
-    "response.in_progress",
-    "response.output_item.added",
-    "response.content_part.added",
-    "response.output_text.delta",
-    "response.output_text.done",
-    "response.content_part.done",
-    "response.output_item.done",
-    "response.completed",
-]
-
-
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorServer]:
-    server = SimulatorServer()
-    yield server
-    server.stop()
-
-
-Play = Callable[..., Any]
-
-
-@pytest.fixture
-def play(services: Services, simulator: SimulatorServer) -> Play:
-    """Return what makes a scene: with the URL of the bad model, its settings, and all models'."""
-
-    @asynccontextmanager
-    async def scene(
-        url: str,
-        *,
-        bad: dict[str, Any] | None = None,
-        agent: dict[str, Any] | None = None,
-        **models: Any,
-    ) -> AsyncIterator[Scene]:
-        settings = {
-            "default": "bad",
-            "endpoints": {"bad": {"url": url, **(bad or {})}},
-            "simulator": {"enabled": True},
-            "routing": {"holdout": 0},
-            **IMPATIENT,
-        }
-        for name, value in models.items():
-            known = settings.get(name)
-            settings[name] = {**known, **value} if isinstance(known, dict) else value
-        owners = Owners(services, simulator, models=settings, agent=agent)
-        try:
-            scene = Scene(owners, await owners.start())
-            await scene.owner.sessions.create(TENANT, session_id=scene.session)
-            yield scene
-        finally:
-            await owners.stop()
-
-    return scene
 
 
 @asynccontextmanager
@@ -418,135 +236,6 @@ async def test_an_answer_that_is_longer_than_asked_is_cut_and_says_so(play: Play
         await scene.still_answers()
 
 
-# Tool calls that are no good
-
-
-BROKEN_CALLS = {
-    "no JSON": ('{"text": ', "no JSON"),
-    "no object": ('"hi"', "no JSON object"),
-    "not of the schema": ('{"text": 5}', "arguments of echo: text"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_CALLS)
-async def test_a_tool_call_that_is_no_good_is_not_run_and_its_model_may_mend_it(
-    name: str, play: Play
-) -> None:
-    arguments, problem = BROKEN_CALLS[name]
-    async with (
-        speaking(in_turn(calls("echo", arguments), answer("mended"))) as endpoint,
-        play(endpoint.url) as scene,
-    ):
-        told = await scene.run("hello", BAD)
-        assert (told.end.status, told.reader.text) == ("completed", "mended")
-        [finished] = told.events.of(ToolFinished)
-        assert finished.status == "error"
-        assert finished.output.startswith("Not run: ")
-        assert problem in finished.output
-        assert endpoint.bodies[1]["messages"][-1]["content"] == finished.output
-        await scene.still_answers()
-
-
-@pytest.mark.parametrize("name", BROKEN_CALLS)
-async def test_a_tool_call_that_is_no_good_goes_to_the_next_tier_once(
-    name: str, play: Play
-) -> None:
-    arguments, _ = BROKEN_CALLS[name]
-    async with (
-        speaking(script(calls("echo", arguments))) as endpoint,
-        play(endpoint.url, bad={"card": {"tier": "small"}}) as scene,
-    ):
-        told = await scene.run(sim("well answered", tokens=1))
-        assert told.end.status == "completed"
-        assert told.models == ["bad", "simulator"]
-        [voided] = told.voided
-        assert (voided.reason, voided.escalates) == ("answer_rejected", True)
-        assert not told.events.of(ToolFinished)
-        assert told.kinds == PLAIN
-        assert len(endpoint.requests) == 1
-        await scene.still_answers()
-
-
-async def test_a_model_that_never_mends_its_tool_calls_ends_with_its_steps(play: Play) -> None:
-    async with (
-        speaking(script(calls("echo", "{"))) as endpoint,
-        play(endpoint.url, agent={"max_steps": 3}) as scene,
-    ):
-        told = await scene.run("hello", BAD)
-        assert told.end.status == "incomplete"
-        assert told.end.error is not None
-        assert told.end.error.code == "max_steps"
-        assert len(endpoint.requests) == 3
-        await scene.still_answers()
-
-
-# Prompts that are too long
-
-
-TOO_LONG = {
-    "OpenAI's": error_body(
-        message="This model's maximum context length is 4097 tokens. However, your messages "
-        "resulted in 5000 tokens. Please reduce the length of the messages.",
-        type="invalid_request_error",
-        param="messages",
-        code="context_length_exceeded",
-    ),
-    "vLLM's": error_body(
-        message="This model's maximum context length is 4096 tokens. However, you requested 5000 "
-        "tokens in the messages, Please reduce the length of the messages.",
-        type="BadRequestError",
-        param=None,
-        code=400,
-    ),
-}
-
-
-@pytest.mark.parametrize("wording", TOO_LONG)
-async def test_a_prompt_that_is_too_long_goes_to_another_window(wording: str, play: Play) -> None:
-    async with (
-        speaking(script(response(400, TOO_LONG[wording]))) as endpoint,
-        play(endpoint.url) as scene,
-    ):
-        told = await scene.run(sim("well answered", tokens=1))
-        assert (told.end.status, told.kinds) == ("completed", PLAIN)
-        assert told.models == ["bad", "simulator"]
-        assert [voided.reason for voided in told.voided] == ["context_length_exceeded"]
-        assert told.called[1].route is not None
-        assert "context window is too short" in told.called[1].route.reason
-        assert len(endpoint.requests) == 1
-        await scene.still_answers()
-
-
-@pytest.mark.parametrize("wording", TOO_LONG)
-async def test_without_another_window_less_of_the_past_is_shown_once(
-    wording: str, play: Play
-) -> None:
-    async with (
-        speaking(script(response(400, TOO_LONG[wording]))) as endpoint,
-        play(endpoint.url) as scene,
-    ):
-        for n in range(2):
-            await scene.run(sim(f"answer {n}"), SIMULATOR)
-        told = await scene.run("hello", BAD)
-        told.failed("context_length_exceeded", "context length")
-        assert told.models == ["bad", "bad"]
-        whole, half = (body["messages"] for body in endpoint.bodies)
-        assert len(whole) == 5
-        assert half == whole[2:]
-        await scene.still_answers()
-
-
-async def test_a_prompt_that_fits_with_half_the_past_is_answered(play: Play) -> None:
-    short = in_turn(response(400, TOO_LONG["vLLM's"]), answer("fits"))
-    async with speaking(short) as endpoint, play(endpoint.url) as scene:
-        for n in range(2):
-            await scene.run(sim(f"answer {n}"), SIMULATOR)
-        told = await scene.run("hello", BAD)
-        assert (told.end.status, told.reader.text) == ("completed", "fits")
-        assert told.items == [("completed", "fits")]
-        await scene.still_answers()
-
-
 # Breakers, limits and bounds
 
 
@@ -674,76 +363,4 @@ async def test_a_slow_first_token_is_hedged_and_the_stream_is_one(play: Play) ->
             for model, outcome in (("bad", "cancelled"), ("simulator", "answered"))
         }
         assert outcomes == {"bad": 1, "simulator": 1}
-        await scene.still_answers()
-
-
-# Answers in a form
-
-
-WORD = {
-    "type": "object",
-    "properties": {"word": {"type": "string"}},
-    "required": ["word"],
-    "additionalProperties": False,
-}
-FORMED = TurnOptions(model="bad", output_schema=WORD, output_form={"name": "word", "strict": True})
-
-
-async def test_an_answer_with_a_schema_is_held_back_until_it_is_verified(play: Play) -> None:
-    pieces = ['{"word": ', '"hi', '"}']
-    steps: Steps = [SSE, *itertools.chain(*([event(piece), 0.05] for piece in pieces))]
-    async with (
-        speaking(script([*steps, event("", "stop"), END])) as endpoint,
-        play(endpoint.url) as scene,
-    ):
-        told = await scene.run("hello", FORMED)
-        assert told.end.status == "completed"
-        assert json.loads(told.reader.text) == {"word": "hi"}
-        assert len(told.reader.deltas) <= 1
-        [body] = endpoint.bodies
-        assert body["response_format"] == {
-            "type": "json_schema",
-            "json_schema": {"name": "word", "strict": True, "schema": WORD},
-        }
-        await scene.still_answers()
-
-
-@pytest.mark.parametrize("text", ["no JSON at all", '{"word": 5}', '{"word": "a", "more": 1}'])
-async def test_an_answer_that_does_not_follow_its_schema_is_never_shown_as_one(
-    text: str, play: Play
-) -> None:
-    async with speaking(script(answer(text))) as endpoint, play(endpoint.url) as scene:
-        told = await scene.run("hello", FORMED)
-        told.failed("output_invalid", "model 'bad'")
-        assert not told.reader.deltas
-        assert len(endpoint.requests) == 1
-        await scene.still_answers()
-
-
-async def test_an_answer_that_does_not_follow_its_schema_goes_to_the_next_tier(play: Play) -> None:
-    async with (
-        speaking(script(answer('{"word": 5}'))) as endpoint,
-        play(endpoint.url, bad={"card": {"tier": "small"}}) as scene,
-    ):
-        told = await scene.run(sim('{"word": "hi"}', tokens=1), TurnOptions(output_schema=WORD))
-        assert (told.end.status, told.kinds) == ("completed", PLAIN)
-        assert json.loads(told.reader.text) == {"word": "hi"}
-        assert told.models == ["bad", "simulator"]
-        assert [voided.reason for voided in told.voided] == ["answer_rejected"]
-        await scene.still_answers()
-
-
-@pytest.mark.parametrize("name", ["stalls", "is cut off"])
-async def test_a_part_of_an_answer_with_a_schema_is_not_shown_and_not_gone_on_with(
-    name: str, play: Play
-) -> None:
-    whole = answer('{"word": "hi"}')
-    async with (
-        speaking(in_turn(AFTER[name].steps, whole)) as endpoint,
-        play(endpoint.url, bad={"continues_text": True}) as scene,
-    ):
-        told = await scene.run("hello", FORMED)
-        assert (told.end.status, told.kinds) == ("completed", PLAIN)
-        assert json.loads(told.reader.text) == {"word": "hi"}
-        assert "continue_final_message" not in endpoint.bodies[1]
         await scene.still_answers()

@@ -65,6 +65,32 @@ def test_a_model_can_be_named_in_the_place_of_an_agent(ai: OpenAI) -> None:
     assert ai.responses.create(model="simulator", input="hi").model == "simulator"
 
 
+WORD: dict[str, object] = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}},
+    "required": ["word"],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_the_schema_that_was_asked_for(ai: OpenAI, stream: bool) -> None:
+    form: Any = {"type": "json_schema", "name": "word", "schema": WORD, "strict": False}
+    given: Any = {"text": {"format": form}, "stream": stream}
+    good = ai.responses.create(input=script('{"word": "hi"}'), **given)
+    bad = ai.responses.create(input=script('{"word": 5}'), **given)
+    if stream:
+        events = list(good)
+        assert deltas(events) == '{"word": "hi"}'
+        failed = list(bad)
+        assert not deltas(failed)
+        good, bad = events[-1].response, failed[-1].response
+    assert json.loads(good.output_text) == {"word": "hi"}
+    assert good.text.format.name == "word"
+    assert ai.responses.retrieve(good.id) == good
+    assert (bad.status, bad.output_text) == ("failed", "")
+    assert bad.error.message.startswith("model 'simulator': ")
+
+
 def test_instructions_and_limits_reach_the_model(ai: OpenAI) -> None:
     response = ai.responses.create(input="hi", instructions="Be brief.", max_output_tokens=2)
     assert response.status == "incomplete"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,16 @@ _EXTRA = {
 }
 
 
-def _settings() -> dict[str, Any]:
+def _half_downloaded(folder: Path) -> str:
+    """Make a copy of the model whose weights are cut off; only the engine's process looks at them.
+    Return where it is."""
+    shutil.copytree(MODEL, folder)
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, file.stat().st_size // 2)
+    return str(folder)
+
+
+def _settings(broken_model: str) -> dict[str, Any]:
     tiny = {
         "source": MODEL,
         "accelerator": "cpu",
@@ -64,8 +74,6 @@ def _settings() -> dict[str, Any]:
         "extra": _EXTRA,
         "card": {"tier": "large", "context_window": CONTEXT},
     }
-    # The engine, a process of its own, finds out that no conversation of this length would fit.
-    broken = {**tiny, "engine": {**_ENGINE, "kv_cache_memory_bytes": 1_000_000}}
     agent = {
         "model": TINY,
         "models": [TINY, "simulator"],
@@ -75,7 +83,7 @@ def _settings() -> dict[str, Any]:
     }
     return {
         "models": {
-            "serve": {TINY: tiny, BROKEN: broken},
+            "serve": {TINY: tiny, BROKEN: {**tiny, "source": broken_model}},
             "simulator": {"enabled": True, "tps": 200},
             "routing": {"holdout": 0, "escalate": False},
             # The same conversation is held more than once, and the model must be asked each time.
@@ -89,7 +97,8 @@ class ServedSystem(System):
     """``agentray up`` with a model that loads and one that cannot."""
 
     def __init__(self, data_dir: Path) -> None:
-        super().__init__(data_dir, settings=_settings())
+        broken = _half_downloaded(data_dir.with_name("half-downloaded"))
+        super().__init__(data_dir, settings=_settings(broken))
         self.at_start: dict[str, Any] = {}
         """What ``/readyz`` said when ``agentray up`` was ready."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -21,9 +20,9 @@ from agentray.models.calls import ModelCalls
 from agentray.models.catalog import Catalog
 from agentray.models.router import Router
 from agentray.telemetry.metrics import Metrics
+from tests.unit.models.played import PlayedModels, said, whole
 from tests.unit.models.test_cache import MemoryAnswers, settled
 
-USAGE = Usage(1_000_000, 500_000)
 PRICE = {"input": 1.0, "output": 4.0}
 DOLLARS = 3.0
 BROKEN = "it broke"
@@ -33,42 +32,8 @@ HEDGED = replace(REQUEST, route=Route("answer", ["a", "b"], "r", hedge="b"))
 COLD = replace(REQUEST, temperature=0.0)
 
 
-def said(text: str) -> ModelProgress:
-    return ModelProgress(text)
-
-
-def whole(text: str = "", reason: str = "stop", *calls: ToolCall) -> ModelProgress:
-    return ModelProgress(text, reason, calls, USAGE)
-
-
 def broken(**fields: Any) -> ModelUnavailableError:
     return ModelUnavailableError(BROKEN, **fields)
-
-
-class Models:
-    """Plays what is prepared for each model, call by call; an event is waited for."""
-
-    def __init__(self, **scripts: list[list[Any]]) -> None:
-        self.scripts = scripts
-        self.requests: list[ModelRequest] = []
-        self.closed: list[str] = []
-
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
-        self.requests.append(request)
-        try:
-            for item in self.scripts[request.model].pop(0):
-                if isinstance(item, asyncio.Event):
-                    await item.wait()
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield item
-        finally:
-            self.closed.append(request.model)
-
-    @property
-    def called(self) -> list[str]:
-        return [request.model for request in self.requests]
 
 
 class World:
@@ -76,7 +41,7 @@ class World:
 
     def __init__(
         self,
-        models: Models,
+        models: PlayedModels,
         *,
         clock: Clock | None = None,
         cached: bool = False,
@@ -113,7 +78,7 @@ class World:
         }
 
     def running(self) -> list[int]:
-        return [self.router._models[name].running for name in "ab"]  # pyright: ignore
+        return [self.router._models[name].running for name in "ab"]
 
 
 def text_of(progresses: list[ModelProgress]) -> str:
@@ -124,7 +89,7 @@ def text_of(progresses: list[ModelProgress]) -> str:
 
 
 async def test_an_answer_comes_as_it_is_and_ends_with_what_it_cost() -> None:
-    world = World(Models(a=[[said("Hel"), said("lo"), whole("!")]]))
+    world = World(PlayedModels(a=[[said("Hel"), said("lo"), whole("!")]]))
     *before, last = await world.ask()
     assert before == [said("Hel"), said("lo")]
     assert last == replace(whole("!"), cost=DOLLARS)
@@ -140,7 +105,7 @@ async def test_what_the_check_finds_is_told_with_the_last_of_it() -> None:
         return "it is wrong"
 
     call = ToolCall("c", "echo", "{}")
-    world = World(Models(a=[[said("let me "), whole("see", "tool_calls", call)]]))
+    world = World(PlayedModels(a=[[said("let me "), whole("see", "tool_calls", call)]]))
     *_, last = await world.ask(replace(REQUEST, check=check))
     assert (last.problem, last.cost) == ("it is wrong", DOLLARS)
     assert seen == [("let me see", (call,))]
@@ -148,7 +113,7 @@ async def test_what_the_check_finds_is_told_with_the_last_of_it() -> None:
 
 
 async def test_a_lost_call_says_what_it_cost_as_far_as_that_can_be_told() -> None:
-    world = World(Models(a=[[said("x" * 4_000), broken()]]))
+    world = World(PlayedModels(a=[[said("x" * 4_000), broken()]]))
     with pytest.raises(ModelUnavailableError) as caught:
         await world.ask(replace(REQUEST, messages=b"m" * 4_000))
     # A thousand tokens each: four bytes are one.
@@ -157,14 +122,14 @@ async def test_a_lost_call_says_what_it_cost_as_far_as_that_can_be_told() -> Non
 
 
 async def test_a_call_that_never_said_anything_cost_nothing() -> None:
-    world = World(Models(a=[[broken()]]))
+    world = World(PlayedModels(a=[[broken()]]))
     with pytest.raises(ModelUnavailableError) as caught:
         await world.ask()
     assert "cost" not in caught.value.fields
 
 
 async def test_a_caller_that_leaves_cancels_its_call() -> None:
-    world = World(Models(a=[[said("a"), said("b"), whole()]]))
+    world = World(PlayedModels(a=[[said("a"), said("b"), whole()]]))
     async with aclosing(world.calls.stream(REQUEST)) as answer:
         assert await anext(answer) == said("a")
     assert world.outcomes() == {("a", "cancelled"): 1}
@@ -173,7 +138,7 @@ async def test_a_caller_that_leaves_cancels_its_call() -> None:
 
 
 async def test_a_task_that_is_cancelled_while_it_waits_cancels_its_call() -> None:
-    world = World(Models(a=[[asyncio.Event(), whole()]]))
+    world = World(PlayedModels(a=[[asyncio.Event(), whole()]]))
     asking = asyncio.create_task(world.ask())
     await settled()
     assert world.running() == [1, 0]
@@ -190,7 +155,7 @@ QUICK: dict[str, Any] = {"breaker": {"min_calls": 1, "open_s": 0.01}}
 
 
 async def test_an_open_breaker_is_waited_for_and_its_probe_closes_it() -> None:
-    models = Models(a=[[broken()], [whole("back")]])
+    models = PlayedModels(a=[[broken()], [whole("back")]])
     world = World(models, clock=SystemClock(), **QUICK)
     with pytest.raises(ModelUnavailableError):
         await world.ask()
@@ -200,7 +165,7 @@ async def test_an_open_breaker_is_waited_for_and_its_probe_closes_it() -> None:
 
 
 async def test_calls_that_wait_for_a_probe_go_on_when_it_has_closed_the_breaker() -> None:
-    models = Models(a=[[broken()], [whole("1")], [whole("2")], [whole("3")]])
+    models = PlayedModels(a=[[broken()], [whole("1")], [whole("2")], [whole("3")]])
     world = World(models, clock=SystemClock(), **QUICK)
     with pytest.raises(ModelUnavailableError):
         await world.ask()
@@ -209,7 +174,7 @@ async def test_calls_that_wait_for_a_probe_go_on_when_it_has_closed_the_breaker(
 
 
 async def test_a_probe_that_is_cancelled_makes_way_for_the_next() -> None:
-    models = Models(a=[[broken()], [said("x"), asyncio.Event()], [whole("back")]])
+    models = PlayedModels(a=[[broken()], [said("x"), asyncio.Event()], [whole("back")]])
     world = World(models, clock=SystemClock(), **QUICK)
     with pytest.raises(ModelUnavailableError):
         await world.ask()
@@ -221,7 +186,7 @@ async def test_a_probe_that_is_cancelled_makes_way_for_the_next() -> None:
 
 async def test_a_limit_is_waited_out() -> None:
     limited = ModelRateLimitedError("slow down", retry_after_s=0.02)
-    world = World(Models(a=[[limited], [whole("ok")]]), clock=SystemClock())
+    world = World(PlayedModels(a=[[limited], [whole("ok")]]), clock=SystemClock())
     with pytest.raises(ModelRateLimitedError):
         await world.ask()
     assert world.router.wait_s("a") > 0
@@ -233,7 +198,7 @@ async def test_a_limit_is_waited_out() -> None:
     [
         ({}, {"first_token_timeout_s": 59.0}),
         ({"timeout_s": 59.0}, {}),
-        ({"patient": False}, {}),
+        ({"patient": False}, {"first_token_timeout_s": 600.0}),
     ],
     ids=["longer than a first token may", "longer than the step has", "another one is there"],
 )
@@ -241,11 +206,12 @@ async def test_who_would_wait_too_long_is_sent_away_at_once(
     about: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     limited = ModelRateLimitedError("slow down", retry_after_s=59.5)
-    world = World(Models(a=[[limited]]), **settings)
+    world = World(PlayedModels(a=[[limited]]), **settings)
     with pytest.raises(ModelRateLimitedError):
         await world.ask()
-    with pytest.raises(ModelUnavailableError, match=r"left alone for 59\.5 s") as caught:
-        await world.ask(replace(REQUEST, **about))
+    with pytest.raises(ModelRateLimitedError, match=r"left alone for 59\.5 s") as caught:
+        async with asyncio.timeout(0.4):
+            await world.ask(replace(REQUEST, **about))
     assert caught.value.fields["retry_after_s"] == 59.5
     assert world.models.called == ["a"]
     assert world.outcomes() == {("a", "lost"): 1}
@@ -253,7 +219,7 @@ async def test_who_would_wait_too_long_is_sent_away_at_once(
 
 async def test_a_model_that_is_no_longer_there_is_said_so() -> None:
     with pytest.raises(ModelError, match="there is no model 'gone'"):
-        await World(Models()).ask(replace(REQUEST, model="gone"))
+        await World(PlayedModels()).ask(replace(REQUEST, model="gone"))
 
 
 # The hedge
@@ -262,7 +228,7 @@ HEDGE: dict[str, Any] = {"routing": {"hedge_after_s": 0.01}}
 
 
 async def test_a_late_first_token_calls_another_model_and_the_first_to_speak_goes_on() -> None:
-    models = Models(a=[[asyncio.Event(), whole("late")]], b=[[said("I am "), whole("here")]])
+    models = PlayedModels(a=[[asyncio.Event(), whole("late")]], b=[[said("I am "), whole("here")]])
     world = World(models, **HEDGE)
     progresses = await world.ask(HEDGED)
     assert text_of(progresses) == "I am here"
@@ -274,7 +240,7 @@ async def test_a_late_first_token_calls_another_model_and_the_first_to_speak_goe
 
 
 async def test_a_first_token_in_time_calls_nobody_else() -> None:
-    models = Models(a=[[said("quick "), asyncio.Event()]])
+    models = PlayedModels(a=[[said("quick "), asyncio.Event()]])
     world = World(models, routing={"hedge_after_s": 60.0})
     async with aclosing(world.calls.stream(HEDGED)) as answer:
         assert (await anext(answer)).text == "quick "
@@ -283,13 +249,12 @@ async def test_a_first_token_in_time_calls_nobody_else() -> None:
 
 
 async def test_the_first_model_can_still_win() -> None:
-    speak = asyncio.Event()
-    models = Models(a=[[speak, said("first"), whole()]], b=[[asyncio.Event()]])
+    speak, hedged = asyncio.Event(), asyncio.Event()
+    models = PlayedModels(a=[[speak, said("first"), whole()]], b=[[hedged.set, asyncio.Event()]])
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(HEDGED))
     async with asyncio.timeout(5):
-        while models.called != ["a", "b"]:
-            await asyncio.sleep(0.001)
+        await hedged.wait()
     speak.set()
     progresses = await asking
     assert text_of(progresses) == "first"
@@ -299,13 +264,12 @@ async def test_the_first_model_can_still_win() -> None:
 
 @pytest.mark.parametrize("first_fails", ["early", "late"])
 async def test_one_that_fails_leaves_the_race_to_the_other(first_fails: str) -> None:
-    fail, speak = asyncio.Event(), asyncio.Event()
-    models = Models(a=[[fail, broken()]], b=[[speak, whole("here")]])
+    fail, speak, hedged = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    models = PlayedModels(a=[[fail, broken()]], b=[[hedged.set, speak, whole("here")]])
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(HEDGED))
     async with asyncio.timeout(5):
-        while models.called != ["a", "b"]:
-            await asyncio.sleep(0.001)
+        await hedged.wait()
     fail.set()
     if first_fails == "early":
         await settled()
@@ -315,7 +279,7 @@ async def test_one_that_fails_leaves_the_race_to_the_other(first_fails: str) -> 
 
 
 async def test_a_failure_before_the_hedge_is_the_callers_to_judge() -> None:
-    models = Models(a=[[broken()]])
+    models = PlayedModels(a=[[broken()]])
     world = World(models, routing={"hedge_after_s": 60.0})
     with pytest.raises(ModelUnavailableError, match=BROKEN):
         await world.ask(HEDGED)
@@ -323,13 +287,14 @@ async def test_a_failure_before_the_hedge_is_the_callers_to_judge() -> None:
 
 
 async def test_if_both_fail_the_last_failure_is_raised() -> None:
-    fail = asyncio.Event()
-    models = Models(a=[[fail, broken(model="a")]], b=[[broken(model="b")]])
+    fail, hedged = asyncio.Event(), asyncio.Event()
+    models = PlayedModels(a=[[fail, broken(model="a")]], b=[[hedged.set, broken(model="b")]])
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(HEDGED))
     async with asyncio.timeout(5):
-        while ("b", "lost") not in world.outcomes():
-            await asyncio.sleep(0.001)
+        await hedged.wait()
+    await settled()
+    assert not asking.done()
     fail.set()
     with pytest.raises(ModelUnavailableError) as caught:
         await asking
@@ -339,19 +304,20 @@ async def test_if_both_fail_the_last_failure_is_raised() -> None:
 
 
 async def test_a_failure_behind_the_first_token_says_whose_it_is() -> None:
-    models = Models(a=[[asyncio.Event()]], b=[[said("half"), broken()]])
+    models = PlayedModels(a=[[asyncio.Event()]], b=[[said("half"), broken()]])
     with pytest.raises(ModelUnavailableError) as caught:
         await World(models, **HEDGE).ask(HEDGED)
     assert caught.value.fields["answering"] == "b"
 
 
 async def test_a_hedged_call_that_is_cancelled_ends_both() -> None:
-    models = Models(a=[[asyncio.Event()]], b=[[asyncio.Event()]])
+    hedged = asyncio.Event()
+    models = PlayedModels(a=[[asyncio.Event()]], b=[[hedged.set, asyncio.Event()]])
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(HEDGED))
     async with asyncio.timeout(5):
-        while world.running() != [1, 1]:
-            await asyncio.sleep(0.001)
+        await hedged.wait()
+    assert world.running() == [1, 1]
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -361,7 +327,7 @@ async def test_a_hedged_call_that_is_cancelled_ends_both() -> None:
 
 async def test_a_text_that_is_gone_on_with_is_not_hedged() -> None:
     wait = asyncio.Event()
-    models = Models(a=[[wait, whole("on")]])
+    models = PlayedModels(a=[[wait, whole("on")]])
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(replace(HEDGED, continue_text=True)))
     await asyncio.wait({asking}, timeout=0.05)
@@ -375,7 +341,7 @@ async def test_a_text_that_is_gone_on_with_is_not_hedged() -> None:
 
 async def test_a_miss_streams_through_as_it_comes() -> None:
     more = asyncio.Event()
-    world = World(Models(a=[[said("one "), more, whole("two")]]), cached=True)
+    world = World(PlayedModels(a=[[said("one "), more, whole("two")]]), cached=True)
     async with aclosing(world.calls.stream(COLD)) as answer:
         assert await anext(answer) == said("one ")
         more.set()
@@ -384,7 +350,7 @@ async def test_a_miss_streams_through_as_it_comes() -> None:
 
 
 async def test_a_hit_comes_whole_and_costs_nothing() -> None:
-    world = World(Models(a=[[said("one "), whole("two")]]), cached=True)
+    world = World(PlayedModels(a=[[said("one "), whole("two")]]), cached=True)
     await world.ask(COLD)
     [hit] = await world.ask(COLD)
     assert (hit.text, hit.finish_reason, hit.cached, hit.cost) == ("one two", "stop", True, 0.0)
@@ -395,7 +361,7 @@ async def test_a_hit_comes_whole_and_costs_nothing() -> None:
 
 async def test_equal_calls_at_the_same_time_make_one() -> None:
     go = asyncio.Event()
-    world = World(Models(a=[[said("one "), go, whole("two")]]), cached=True)
+    world = World(PlayedModels(a=[[said("one "), go, whole("two")]]), cached=True)
     asking = [asyncio.create_task(world.ask(COLD)) for _ in range(50)]
     await settled()
     go.set()
@@ -408,7 +374,7 @@ async def test_equal_calls_at_the_same_time_make_one() -> None:
 
 async def test_the_one_whose_call_it_was_can_leave_the_others_to_it() -> None:
     go = asyncio.Event()
-    world = World(Models(a=[[said("one "), go, whole("two")]]), cached=True)
+    world = World(PlayedModels(a=[[said("one "), go, whole("two")]]), cached=True)
     first = asyncio.create_task(world.ask(COLD))
     await settled()
     second = asyncio.create_task(world.ask(COLD))
@@ -421,7 +387,7 @@ async def test_the_one_whose_call_it_was_can_leave_the_others_to_it() -> None:
 
 
 async def test_if_all_leave_the_call_ends() -> None:
-    world = World(Models(a=[[said("one "), asyncio.Event()]]), cached=True)
+    world = World(PlayedModels(a=[[said("one "), asyncio.Event()]]), cached=True)
     async with aclosing(world.calls.stream(COLD)) as answer:
         await anext(answer)
     await settled()
@@ -431,7 +397,7 @@ async def test_if_all_leave_the_call_ends() -> None:
 
 async def test_a_lost_call_is_lost_for_all_that_shared_it_and_is_made_again() -> None:
     go = asyncio.Event()
-    world = World(Models(a=[[said("half"), go, broken()], [whole("ok")]]), cached=True)
+    world = World(PlayedModels(a=[[said("half"), go, broken()], [whole("ok")]]), cached=True)
     asking = [asyncio.create_task(world.ask(COLD)) for _ in range(3)]
     await settled()
     go.set()
@@ -440,9 +406,10 @@ async def test_a_lost_call_is_lost_for_all_that_shared_it_and_is_made_again() ->
     assert text_of(await world.ask(COLD)) == "ok"
 
 
-async def test_a_rejected_answer_is_shared_with_its_problem_and_not_kept() -> None:
+@pytest.mark.parametrize("reason", ["stop", "length"])
+async def test_a_rejected_answer_is_shared_with_its_problem_and_not_kept(reason: str) -> None:
     go = asyncio.Event()
-    models = Models(a=[[go, whole("bad", "length")], [whole("good")]])
+    models = PlayedModels(a=[[go, whole("bad", reason)], [whole("good")]])
     world = World(models, cached=True)
 
     def check(text: str, calls: tuple[ToolCall, ...]) -> str | None:
@@ -453,21 +420,21 @@ async def test_a_rejected_answer_is_shared_with_its_problem_and_not_kept() -> No
     await settled()
     go.set()
     for answer in await asyncio.gather(*asking):
-        assert (answer[-1].problem, answer[-1].finish_reason) == ("it is bad", "length")
+        assert (answer[-1].problem, answer[-1].finish_reason) == ("it is bad", reason)
     [good] = await world.ask(request)
     assert (good.text, good.cached, good.problem) == ("good", False, None)
     assert models.called == ["a", "a"]
 
 
 async def test_a_kept_answer_is_checked_for_each_that_asks() -> None:
-    world = World(Models(a=[[whole("fine")]]), cached=True)
+    world = World(PlayedModels(a=[[whole("fine")]]), cached=True)
     await world.ask(COLD)
     [hit] = await world.ask(replace(COLD, check=lambda text, calls: f"no {text}"))
     assert (hit.cached, hit.problem) == (True, "no fine")
 
 
 async def test_the_answer_of_a_hedge_is_not_kept_as_the_models_own() -> None:
-    models = Models(a=[[asyncio.Event()], [whole("mine")]], b=[[whole("not yours")]])
+    models = PlayedModels(a=[[asyncio.Event()], [whole("mine")]], b=[[whole("not yours")]])
     world = World(models, cached=True, **HEDGE)
     request = replace(HEDGED, temperature=0.0)
     assert text_of(await world.ask(request)) == "not yours"
@@ -485,13 +452,13 @@ async def test_the_answer_of_a_hedge_is_not_kept_as_the_models_own() -> None:
     ids=["warm", "forbidden", "tools", "continued"],
 )
 async def test_what_may_not_be_kept_is_called_each_time(request_: ModelRequest) -> None:
-    world = World(Models(a=[[whole("1")], [whole("2")]]), cached=True)
+    world = World(PlayedModels(a=[[whole("1")], [whole("2")]]), cached=True)
     assert text_of(await world.ask(request_)) == "1"
     assert text_of(await world.ask(request_)) == "2"
 
 
 async def test_an_own_opinion_decides_before_the_temperature() -> None:
-    world = World(Models(a=[[whole("1")]]), cached=True)
+    world = World(PlayedModels(a=[[whole("1")]]), cached=True)
     request = replace(REQUEST, cache=True, tools=b"{}")
     await world.ask(request)
     [hit] = await world.ask(request)

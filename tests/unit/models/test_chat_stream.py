@@ -182,3 +182,36 @@ def test_an_error_in_the_stream_is_raised_as_what_it_says(
         stream.feed(b"data: " + json.dumps({"error": error}).encode() + b"\n\n")
     assert type(caught.value) is kind
     assert caught.value.fields["model"] == "m"
+
+
+# Longer than was asked for: 32 characters a token, and a thousand besides, are still believed.
+
+
+def test_an_answer_that_never_ends_is_cut_and_has_reached_its_limit() -> None:
+    stream = ChatStream("m", max_tokens=10)
+    text = "".join(stream.feed(chunk({"content": "x" * 500})) for _ in range(10))
+    assert text == "x" * (10 * 32 + 1_000)
+    assert (stream.done, stream.finish_reason) == (True, "length")
+    assert stream.finish() == ()
+
+
+@pytest.mark.parametrize("max_tokens", [10, None])
+def test_an_answer_within_its_limit_is_whole(max_tokens: int | None) -> None:
+    stream = ChatStream("m", max_tokens=max_tokens)
+    assert stream.feed(chunk({"content": "x" * 1_320}, "stop") + DONE) == "x" * 1_320
+    assert stream.finish_reason == "stop"
+
+
+def test_a_tool_call_that_never_ends_is_no_answer() -> None:
+    stream = ChatStream("m", max_tokens=10)
+    stream.feed(chunk({"tool_calls": [call(0, id="a", name="f", arguments="{" * 1_000)]}))
+    with pytest.raises(ModelUnavailableError, match="tool call is longer than was asked for"):
+        stream.feed(chunk({"tool_calls": [call(0, arguments="{" * 1_000)]}))
+
+
+def test_a_limit_beyond_all_bounds_does_not_lift_the_bound() -> None:
+    stream = ChatStream("m", max_tokens=10**9)
+    megabyte = chunk({"content": "x" * 1024 * 1024})
+    size = sum(len(stream.feed(megabyte)) for _ in range(20))
+    assert size == 16 * 1024 * 1024
+    assert stream.finish_reason == "length"

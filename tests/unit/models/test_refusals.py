@@ -2,8 +2,13 @@
 
 import pytest
 
-from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
-from agentray.models.refusals import refusal, retry_after_s
+from agentray.errors import (
+    ModelContextLengthError,
+    ModelError,
+    ModelRateLimitedError,
+    ModelUnavailableError,
+)
+from agentray.models.refusals import refusal, refusal_in_answer, retry_after_s
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,41 @@ def test_a_long_body_is_shortened_and_the_key_is_cut_out() -> None:
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
     assert retry_after_s(value, now=10.0) == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"error": {"message": "no", "code": "context_length_exceeded"}}'),
+        (400, b'{"error": {"message": "This model\'s maximum context length is 8192 tokens."}}'),
+        (400, b'{"error": {"message": "longer than the maximum model length of 4096"}}'),
+        (400, b'{"error": {"type": "invalid_request_error", "message": "prompt is too long: 9"}}'),
+        (400, b'{"error": {"message": "the request exceeds the available context size"}}'),
+        (413, b'{"error": "exceeds the context window"}'),
+    ],
+)
+def test_a_context_that_is_too_long_is_known_whoever_says_it(status: int, body: bytes) -> None:
+    error = refusal("m", status, body)
+    assert type(error) is ModelContextLengthError
+    assert not error.retryable
+    assert error.fields["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (400, b'{"error": {"message": "no such parameter"}}', ModelError),
+        (404, b'{"error": {"message": "the context window is closed"}}', ModelError),
+        (500, b'{"error": {"message": "context length"}}', ModelUnavailableError),
+        (429, b'{"error": {"message": "context length"}}', ModelRateLimitedError),
+    ],
+)
+def test_who_only_speaks_of_it_does_not_mean_it(
+    status: int, body: bytes, kind: type[ModelError]
+) -> None:
+    assert type(refusal("m", status, body)) is kind
+
+
+def test_it_may_come_in_the_middle_of_an_answer() -> None:
+    body = b'{"error": {"message": "prompt is too long", "type": "BadRequestError"}}'
+    assert type(refusal_in_answer("m", body)) is ModelContextLengthError

@@ -270,6 +270,12 @@ def test_only_free_choices_of_the_small_tier_are_held_out(about: dict[str, Any])
     assert not World(routing={"holdout": 1.0}).route(**about).held_out
 
 
+def test_what_overflowed_is_not_held_out_either() -> None:
+    cards = {**MODELS, "middle": {"tier": "small", "context_window": 5_000}}
+    route = World(cards, routing={"holdout": 1.0}).route(overflowed="small")
+    assert (route.candidates[0], route.held_out) == ("middle", False)
+
+
 def test_nothing_is_held_out_to_a_model_that_is_away_or_busy() -> None:
     world = World(routing={"holdout": 1.0})
     world.open("large")

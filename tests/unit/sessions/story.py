@@ -17,6 +17,7 @@ from agentray.events import (
     TurnAccepted,
     TurnError,
     TurnFinished,
+    TurnOptions,
     TurnResumed,
     Usage,
     decode_event,
@@ -46,6 +47,7 @@ class Story:
         self.state = SessionState()
         self.commands: tuple[Command, ...] = ()
         self.events: list[AnyEvent] = []
+        self.now = 0.0
         self._turns = 0
 
     @property
@@ -54,23 +56,32 @@ class Story:
         return self.state.turn
 
     def tell(self, kind: type[Any], **fields: Any) -> Story:
-        event = kind(seq=self.state.seq + 1, turn_id=f"turn{self._turns}", at=0.0, **fields)
+        event = kind(seq=self.state.seq + 1, turn_id=f"turn{self._turns}", at=self.now, **fields)
         # As the journal keeps it.
         event = decode_event(encode_event(event))
         self.state, self.commands = advance(self.state, event, self.rules)
         self.events.append(event)
         return self
 
-    def accepted(self, text: str = "hi") -> Story:
+    def accepted(self, content: Any = "hi", **options: Any) -> Story:
         self._turns += 1
-        return self.tell(TurnAccepted, input=[Message("user", text)], agent="assistant")
-
-    def called(self, attempt: int = 1, step: int = 1, continued_from: int = 0) -> Story:
         return self.tell(
-            ModelCalled, step=step, attempt=attempt, model="m", continued_from=continued_from
+            TurnAccepted,
+            input=[Message("user", content)],
+            agent="assistant",
+            options=TurnOptions(**options),
         )
 
-    def answered(self, text: str = "yes", *calls: ToolCall, reason: str = "stop") -> Story:
+    def called(
+        self, attempt: int = 1, step: int = 1, continued_from: int = 0, model: str = "m"
+    ) -> Story:
+        return self.tell(
+            ModelCalled, step=step, attempt=attempt, model=model, continued_from=continued_from
+        )
+
+    def answered(
+        self, text: str = "yes", *calls: ToolCall, reason: str = "stop", **how: Any
+    ) -> Story:
         return self.tell(
             ModelFinished,
             step=self.turn.step,
@@ -79,9 +90,17 @@ class Story:
             finish_reason=reason,
             tool_calls=list(calls),
             usage=Usage(10, 2, 1),
+            **how,
         )
 
-    def voided(self, text: str, *, continues: bool, reason: str = "model_unavailable") -> Story:
+    def voided(
+        self,
+        text: str = "",
+        *,
+        continues: bool = False,
+        reason: str = "model_unavailable",
+        **how: Any,
+    ) -> Story:
         return self.tell(
             ModelVoided,
             step=self.turn.step,
@@ -89,6 +108,7 @@ class Story:
             reason=reason,
             text=text,
             continues=continues,
+            **how,
         )
 
     def tool_called(self, call: ToolCall, attempt: int = 1) -> Story:
@@ -100,9 +120,9 @@ class Story:
             attempt=attempt,
         )
 
-    def tool_finished(self, call: ToolCall, output: str = "done") -> Story:
+    def tool_finished(self, call: ToolCall, output: str = "done", *, status: str = "ok") -> Story:
         return self.tell(
-            ToolFinished, call_id=call.call_id, name=call.name, status="ok", output=output
+            ToolFinished, call_id=call.call_id, name=call.name, status=status, output=output
         )
 
     def resumed(self, phase: str = "accepted") -> Story:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from agentray.clock import ManualClock
 from agentray.errors import ModelError, ModelUnavailableError
@@ -23,9 +24,11 @@ class Models:
         self._clock = clock
         self._answers = list(answers)
         self.calls = 0
+        self.timeouts: list[float | None] = []
 
     async def stream(self, request: ModelRequest) -> AsyncIterator[ModelProgress]:
         self.calls += 1
+        self.timeouts.append(request.timeout_s)
         self._clock.advance(0.5)
         text, error = self._answers.pop(0)
         if text:
@@ -39,9 +42,15 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-async def said(models: Models, clock: ManualClock, *, patience_s: float = 8.0) -> str:
+async def said(
+    models: Models,
+    clock: ManualClock,
+    *,
+    patience_s: float = 8.0,
+    request: ModelRequest = REQUEST,
+) -> str:
     patient = PatientModels(models, clock, patience_s=patience_s)
-    return "".join([progress.text async for progress in patient.stream(REQUEST)])
+    return "".join([progress.text async for progress in patient.stream(request)])
 
 
 @pytest.mark.parametrize("fields", NOBODY)
@@ -50,6 +59,15 @@ async def test_a_model_that_comes_back_is_called_again(
 ) -> None:
     models = Models(clock, ("", ModelUnavailableError("away", **fields)), ("hello", None))
     assert await said(models, clock) == "hello"
+
+
+async def test_all_its_calls_together_have_the_time_of_one(clock: ManualClock) -> None:
+    away = ModelUnavailableError("away", unreached=True)
+    models = Models(clock, *[("", away)] * 9)
+    with pytest.raises(ModelUnavailableError, match="away"):
+        await said(models, clock, request=replace(REQUEST, timeout_s=1.05))
+    assert models.calls == 2
+    assert models.timeouts == [pytest.approx(1.05), pytest.approx(0.55)]
 
 
 async def test_patience_ends(clock: ManualClock) -> None:

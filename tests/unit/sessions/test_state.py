@@ -15,6 +15,8 @@ from agentray.events import (
 )
 from agentray.sessions.state import (
     CANCELLED,
+    CONTEXT_LENGTH,
+    OWNER_LOST,
     CallModel,
     CallTools,
     Command,
@@ -149,6 +151,79 @@ def test_a_turn_that_ends_among_its_tools_says_what_became_of_each_call() -> Non
     assert results[0]["content"] == "of a"
     assert "unknown" in results[1]["content"]
     assert "before this call was run" in results[2]["content"]
+
+
+# What models make of a step
+
+
+def test_models_that_failed_the_step_are_known_until_it_is_answered() -> None:
+    story = Story().accepted().called(model="m1").voided().called(2, model="m2").voided("x")
+    assert (story.turn.lost, story.turn.failures) == (("m1", "m2"), 2)
+    story.called(3, model="m1").answered("", A)
+    assert (story.turn.lost, story.turn.failures) == ((), 0)
+
+
+def test_a_model_that_goes_on_is_not_lost_but_has_failed() -> None:
+    story = Story().accepted().called().voided("half", continues=True)
+    assert (story.turn.lost, story.turn.failures) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"reason": OWNER_LOST},
+        {"reason": CONTEXT_LENGTH},
+        {"reason": "answer_rejected", "escalates": True},
+    ],
+)
+def test_what_is_not_a_models_failure_is_not_counted_as_one(how: dict[str, Any]) -> None:
+    story = Story().accepted().called().voided(**how)
+    assert (story.turn.lost, story.turn.failures) == ((), 0)
+    assert story.commands == (CallModel(1, 2),)
+
+
+def test_the_model_of_a_call_is_the_one_that_really_answered_or_failed() -> None:
+    story = Story().accepted().called(model="m1")
+    assert story.turn.model == "m1"
+    story.voided(model="hedge")
+    assert (story.turn.model, story.turn.lost) == ("hedge", ("hedge",))
+    assert story.called(2, model="m1").answered("", A, model="hedge").turn.model == "hedge"
+
+
+def test_a_turn_that_escalated_stays_there_and_one_that_overflowed_remembers_where() -> None:
+    story = Story().accepted().called(model="m1").voided(reason=CONTEXT_LENGTH)
+    story.called(2, model="m2").voided(escalates=True).called(3, model="m3").answered("", A)
+    story.tool_called(A).tool_finished(A)
+    assert (story.turn.overflowed, story.turn.escalated) == ("m1", True)
+    story.called(step=2).answered().finished().accepted()
+    assert (story.turn.overflowed, story.turn.escalated) == (None, False)
+
+
+def test_costs_add_up_for_the_step_and_for_the_turn() -> None:
+    story = Story().accepted().called().voided(cost=0.25).called(2).voided(cost=0.5)
+    assert (story.turn.step_cost, story.turn.cost) == (0.75, 0.75)
+    story.called(3).answered("", A, cost=1.0)
+    assert (story.turn.step_cost, story.turn.cost) == (0.0, 1.75)
+    story.tool_called(A).tool_finished(A).called(step=2).voided(cost=2.0).called(2, step=2)
+    assert (story.turn.step_cost, story.turn.cost) == (2.0, 3.75)
+    story.tell(ModelFailed, step=2, attempt=2, error=BROKEN, cost=4.0)
+    assert story.turn.cost == 7.75
+
+
+def test_the_time_of_a_step_begins_with_its_first_call_or_its_new_owner() -> None:
+    story = Story().accepted()
+    story.now = 10.0
+    assert story.called().turn.step_at == 10.0
+    story.now = 20.0
+    assert story.voided().called(2).turn.step_at == 10.0
+    story.now = 30.0
+    assert story.resumed("model").turn.step_at == 30.0
+    story.now = 40.0
+    story.voided(reason=OWNER_LOST).called(3)
+    assert story.turn.step_at == 30.0
+    story.now = 50.0
+    story.answered("", A).tool_called(A).tool_finished(A).called(step=2)
+    assert story.turn.step_at == 50.0
 
 
 # Taking over

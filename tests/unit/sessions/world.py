@@ -29,6 +29,7 @@ from agentray.events import (
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.state import (
     CANCELLED,
+    CONTEXT_LENGTH,
     OWNER_LOST,
     CallModel,
     CallTools,
@@ -473,12 +474,19 @@ class Owner:
             self._confirm(actor)
             assert actor.epoch == self.fence.epoch, "a stale owner shows text"
             world.shown[turn.called_seq] = text
-        outcome = world.choose(6)
-        if outcome in (1, 2):
-            error = TurnError("model_unavailable", "it broke")
+        outcome = world.choose(8)
+        if outcome == 6 and not turn.escalated:
+            # It failed its checks, and there is a next tier.
+            return actor.record(
+                ModelVoided(
+                    **_stamp(actor), **where, reason="answer_rejected", text=text, escalates=True
+                )
+            )
+        if outcome in (1, 2, 7):
+            code = CONTEXT_LENGTH if outcome == 7 else "model_unavailable"
             event = after_lost_call(
                 turn,
-                error=error,
+                error=TurnError(code, "it broke"),
                 may_pass=outcome == 1,
                 text=text,
                 continues=bool(world.choose(2)),

@@ -13,6 +13,9 @@ from agentray.models.serving import config_fields
 
 FILE = Path(__file__).parents[2] / "configs" / "gpu.yaml"
 
+# vLLM's and PyTorch's own, while they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
 pytest.importorskip("vllm", reason="make test-vllm makes an environment with vLLM")
 
 
