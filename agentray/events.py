@@ -157,7 +157,8 @@ class ModelVoided(Event, frozen=True, tag="model.voided"):
 
     With ``continues`` the next attempt goes on after ``text``; otherwise the item that was being
     streamed is closed as incomplete and the next attempt begins a new one. With ``escalates`` its
-    answer failed its checks, and the next tier is to try. ``model`` is set where it was not the
+    answer failed its checks, and the next tier is to try. ``unsent``: the model was left alone just
+    then, and no call was made. ``model`` is set where it was not the
     one that was called first; ``cost`` is what was spent, in US dollars, as far as that is known.
     """
 
@@ -167,6 +168,7 @@ class ModelVoided(Event, frozen=True, tag="model.voided"):
     text: str = ""
     continues: bool = False
     escalates: bool = False
+    unsent: bool = False
     model: str | None = None
     cost: float = 0.0
 

@@ -44,10 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "c": {"continues_text": True, "card": {"tier": "large"}},
 }
 CALM, BEFORE, AFTER, ANY = (
-    "no death",
-    "a death before the first token alone",
-    "a death after the first token",
-    "any death",
+    "turns without a death",
+    "turns with one, before text alone",
+    "turns with one after text",
+    "turns with a death",
 )
 
 
@@ -176,7 +176,7 @@ class Failover:
         turns = self._turns
         bad = [turn for turn in turns if turn.problems]
         for turn in bad[:5]:
-            self._report.note(f"a turn that met {turn.met} does not end well: {turn.problems[0]}")
+            self._report.note(f"{turn.met}: one does not end well: {turn.problems[0]}")
         by_met = {
             CALM: [turn for turn in turns if turn.met == CALM],
             ANY: [turn for turn in turns if turn.met != CALM],
@@ -233,7 +233,7 @@ def _series(name: str, turns: Sequence[Turn], calm_ms: float | None) -> Series:
         "longest_gap": gaps,
         "longest_gap_of_all": round(max((t.gap_s * 1000 for t in turns), default=0.0), 1),
     }
-    return Series(f"turns that met {name}", "ms", figures)
+    return Series(name, "ms", figures)
 
 
 async def _ask(http: aiohttp.ClientSession, session: str, turn: Turn) -> None:
@@ -315,10 +315,9 @@ COLUMNS: dict[str, Callable[[Series], object]] = {
     "added p99": _within("added", "p99"),
     "gap p50": _within("longest_gap", "p50"),
     "gap p99": _within("longest_gap", "p99"),
-    "longest gap": _figure("longest_gap_of_all"),
-    "after a token": _figure("after_first_token"),
+    "longest": _figure("longest_gap_of_all"),
+    "after text": _figure("after_first_token"),
     "before": _figure("before_first_token"),
-    "voided with text": _figure("voided_with_text"),
     "continued": _figure("voided_and_continued"),
 }
 

@@ -21,6 +21,7 @@ GATEWAYS: dict[str, tuple[str, ...]] = {
     LITELLM: (LITELLM,),
 }
 """The groups of the processes that pass a request on."""
+_NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(slots=True)
@@ -52,25 +53,26 @@ class Cell:
             total.update(use.groups)
         return total
 
-    def gateway_cpu_s(self) -> float | None:
-        """Return the CPU seconds of all its gateway's processes, idle ones included."""
+    def gateway_cpu_s(self, idle: Mapping[str, float] = _NOTHING) -> float | None:
+        """Return the CPU seconds of all its gateway's processes, less the cores that are given."""
         groups = GATEWAYS.get(self.name)
         if groups is None:
             return None
+        seconds = sum(use.seconds for _, use in self.rounds)
         used = self.cpu_s()
-        return sum(used[group] for group in groups)
+        return sum(used[group] - idle.get(group, 0.0) * seconds for group in groups)
 
-    def per_cpu_s(self) -> float | None:
+    def per_cpu_s(self, idle: Mapping[str, float] = _NOTHING) -> float | None:
         """Return the requests that a CPU second of the gateway carries."""
-        used = self.gateway_cpu_s()
-        return len(self.ms) / used if used else None
+        used = self.gateway_cpu_s(idle)
+        return len(self.ms) / used if used is not None and used > 0 else None
 
-    def series(self, direct: Cell) -> Series:
+    def series(self, direct: Cell, idle: Mapping[str, float]) -> Series:
         found, base = percentiles(self.ms), percentiles(direct.ms)
         first_ms = [value for measured, _ in self.rounds for value in measured.first_ms]
         requests = max(1, len(self.ms))
         used = self.cpu_s()
-        gateway, per_cpu_s = self.gateway_cpu_s(), self.per_cpu_s()
+        gateway = self.gateway_cpu_s()
         figures: dict[str, Any] = {
             "asked": "closed loop" if self.rate is None else "on a schedule",
             "rate": None if self.rate is None else round(self.rate, 2),
@@ -81,7 +83,8 @@ class Cell:
             "added_p50": difference(found, base, "p50"),
             "added_p99": difference(found, base, "p99"),
             "gateway_cpu_s": None if gateway is None else round(gateway, 3),
-            "requests_per_cpu_s": None if per_cpu_s is None else round(per_cpu_s, 2),
+            "requests_per_cpu_s": _rounded(self.per_cpu_s()),
+            "requests_per_cpu_s_less_idle": _rounded(self.per_cpu_s(idle)),
             "cpu_ms_per_request": {
                 group: round(seconds / requests * 1000, 3)
                 for group, seconds in sorted(used.items())
@@ -107,3 +110,7 @@ def difference(ours: Mapping[str, float], base: Mapping[str, float], name: str) 
     if name not in ours or name not in base:
         return None
     return round(ours[name] - base[name], 3)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Report", "Series", "Target", "arguments", "median", "percentile", "percentiles"]
+__all__ = ["Op", "Report", "Series", "Target", "arguments", "median", "percentile", "percentiles"]
 
 Op = Literal["<=", ">="]
 _OPS: dict[Op, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}

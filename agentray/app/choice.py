@@ -93,6 +93,8 @@ def choose(settings: Settings, env: Mapping[str, str]) -> Choice:
     key, url = env.get("OPENAI_API_KEY"), env.get("OPENAI_BASE_URL")
     if not key:
         return Choice(models, f"the {SIMULATOR}, for no model is configured")
+    if url and not url.startswith(_HTTP):
+        raise ConfigError("OPENAI_BASE_URL: expected an address such as https://host/v1")
     name = env.get("OPENAI_MODEL") or (None if url else OPENAI_MODEL)
     if name is None:
         # What somebody else's server calls its models nobody can guess.

@@ -158,8 +158,10 @@ def _stop(drain_s: float, models: list[str], *, alone: bool) -> None:
     # A host that had not begun to drain may have started one anew.
     end_all(timeout_s=_END_MARGIN_S)
     if not alone:
-        for app in (SIMULATOR, *map(app_name, models)):
-            _delete(app)
+        apps = [SIMULATOR, *map(app_name, models)]
+        with ThreadPoolExecutor(len(apps)) as beside:
+            # At once: one that drains long must not keep the others' accelerators.
+            list(beside.map(_delete, apps))
 
 
 def _delete(app: str) -> None:

@@ -59,7 +59,12 @@ def _load(settings: Settings) -> None:
     )
     waiting = set(models)
     while waiting:
-        reports = serving.serve_reports()
+        try:
+            reports = serving.serve_reports()
+        except Exception:
+            # Serve's controller may be starting anew; the replicas go on without it.
+            logging.getLogger("agentray").exception("serve_status_failed")
+            reports = {}
         for name in sorted(waiting):
             report = reports.get(serving.app_name(name))
             health = serving.health_of(report, on_demand=models[name].min_replicas == 0)

@@ -150,6 +150,8 @@ def ray_environment(
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
         **_request_routing(settings),
         "VLLM_NO_USAGE_STATS": "1",
+        # vLLM would ask for the key that is meant for somebody else's server.
+        "VLLM_API_KEY": "",
         # HAProxy.
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(layout.haproxy_shim),
         "AGENTRAY_INTERNAL_HAPROXY": haproxy,

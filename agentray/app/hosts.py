@@ -17,7 +17,7 @@ from agentray.models.catalog import MODELS_PREFIX
 from agentray.sessions.host import DEPLOYMENT, SessionHost
 from agentray.sessions.process import OwnerProcess
 from agentray.sessions.routing import OwnerRouter, tell_redis_url
-from agentray.storage.postgres_batches import PostgresBatches
+from agentray.storage.postgres_batches import RUNNER_CONNECTIONS, PostgresBatches
 
 __all__ = ["build_hosts_app"]
 
@@ -25,7 +25,10 @@ __all__ = ["build_hosts_app"]
 def _open_door(process: OwnerProcess) -> None:
     settings = process.settings
     assert settings.postgres.url is not None
-    batches = PostgresBatches(settings.postgres.url.get_secret_value(), settings.postgres)
+    postgres_url = settings.postgres.url.get_secret_value()
+    batches = PostgresBatches(postgres_url, settings.postgres)
+    # Connections of its own: no upload holds up what runs.
+    work = PostgresBatches(postgres_url, settings.postgres, RUNNER_CONNECTIONS)
     # A call without a session costs a host about what a turn does.
     completions = Admission("calls of models", settings.sessions.max_running_turns)
     app = build_http_app(
@@ -43,8 +46,8 @@ def _open_door(process: OwnerProcess) -> None:
         draining=process.stopping,
     )
     ingress.mount(app)
-    runner = build_runner(process, app, batches, completions)
-    process.attach(runner.run(), runner.close, batches.close)
+    runner = build_runner(process, app, work, completions)
+    process.attach(runner.run(), runner.close, work.close, batches.close)
 
 
 def build_hosts_app(settings: Settings) -> Any:

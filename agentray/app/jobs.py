@@ -95,8 +95,8 @@ class Job:
             await stdin.drain()
         stdin.close()
         reason = ""
-        while line := (await stdout.readline()).decode(errors="replace").strip():
-            kind, _, text = line.partition(" ")
+        while line := await stdout.readline():
+            kind, _, text = line.decode(errors="replace").strip().partition(" ")
             if kind == RUNNING:
                 progress(text, "")
             elif kind == BROKEN:

@@ -13,6 +13,7 @@ from agentray.config.settings import Settings
 from agentray.errors import StorageUnavailableError
 from agentray.storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from agentray.storage.postgres import forget_hosts, migrate
+from agentray.storage.postgres_batches import DOOR_CONNECTIONS, RUNNER_CONNECTIONS
 from agentray.storage.redis import RedisStore
 
 __all__ = ["Stores"]
@@ -21,6 +22,11 @@ __all__ = ["Stores"]
 _PASSWORD = re.compile(r"((?:^|&)password=)[^&]*")
 
 _MIGRATION_S = 120.0
+
+
+def _connections(settings: Settings) -> int:
+    """Return how many connections one host takes at most: two are the journal's and the life's."""
+    return settings.postgres.pool_size + 2 + DOOR_CONNECTIONS + RUNNER_CONNECTIONS
 
 
 class Stores:
@@ -38,7 +44,7 @@ class Stores:
                 log_file=layout.logs_dir / "postgres.log",
                 environ=environ,
                 # Twice the hosts: during a rolling restart old and new ones are there.
-                max_connections=50 + 2 * hosts * (settings.postgres.pool_size + 2),
+                max_connections=50 + 2 * hosts * _connections(settings),
             )
         if settings.redis.url is None:
             self.redis = EmbeddedRedis(

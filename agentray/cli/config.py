@@ -23,7 +23,9 @@ def check(
     file: Annotated[Path, typer.Argument(help="The YAML file.", show_default=False)],
 ) -> None:
     """Say whether a file can be used, with the environment as it is here; exit 1 if not."""
-    settings = load_settings(file, os.environ)
+    from agentray.models.checks import schema_problem
+
+    settings = load_settings(file, os.environ, schema_problem=schema_problem)
     typer.echo(f"{file}: ok")
     for line in _summary(settings):
         typer.echo(f"  {line}")

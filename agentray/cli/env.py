@@ -26,8 +26,9 @@ def env(
     """
     from agentray.app.environment import find_haproxy, find_ports, ray_environment, write_shim
     from agentray.app.layout import Layout
+    from agentray.models.checks import schema_problem
 
-    settings = load_settings(config, os.environ)
+    settings = load_settings(config, os.environ, schema_problem=schema_problem)
     layout = Layout.of(settings.data_dir)
     layout.make()
     write_shim(layout)

@@ -41,6 +41,7 @@ def up(
     from agentray.app.choice import asked_models, choose
     from agentray.app.report import Report
     from agentray.app.supervisor import Supervisor
+    from agentray.models.checks import schema_problem
 
     flags: dict[str, Any] = {}
     if port is not None:
@@ -49,7 +50,7 @@ def up(
         flags["data_dir"] = data_dir
     if model:
         flags["models"] = asked_models(model, vllm=find_spec("vllm") is not None, gpu=_has_gpu())
-    settings = load_settings(config, os.environ, flags=flags)
+    settings = load_settings(config, os.environ, flags=flags, schema_problem=schema_problem)
     choice = choose(settings, os.environ)
     settings = settings.model_copy(update={"models": choice.models})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ def load_settings(
     *,
     flags: Mapping[str, Any] | None = None,
     tools: Collection[str] = ("echo",),
+    schema_problem: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Settings:
     """Return the settings of a YAML file, with what the environment and the flags say over it.
 
@@ -37,6 +38,7 @@ def load_settings(
         env: the environment, for ``${VAR}`` in the file's texts and ``AGENTRAY_…`` overrides.
         flags: values of the command line as nested sections; they win over everything.
         tools: the names of the tools that agents may have.
+        schema_problem: returns why the JSON schema of an agent's answers cannot be used, or None.
 
     Raises:
         ConfigError: if something is wrong; its message has a line for each problem, with the
@@ -57,6 +59,12 @@ def load_settings(
         for key, text in _contradictions(settings, tools):
             if not source.is_broken(key):
                 source.problems.append(Problem(source.origin_of(key), key, text))
+        for name, agent in settings.agents.items():
+            key = ("agents", name, "output_schema")
+            if schema_problem is None or agent.output_schema is None or source.is_broken(key):
+                continue
+            if (problem := schema_problem(agent.output_schema)) is not None:
+                source.problems.append(Problem(source.origin_of(key), key, problem))
     if settings is None or source.problems:
         lines = [str(problem) for problem in source.problems]
         raise ConfigError("\n".join(lines), problems=lines)
@@ -229,6 +237,10 @@ def _bad_models(settings: Settings) -> Iterator[tuple[Path, str]]:
         if served.min_replicas > served.max_replicas:
             found = f"found {served.max_replicas}"
             yield (*where, "max_replicas"), f"{found}; expected at least {served.min_replicas}"
+        if served.affinity != "session" and not served.min_replicas:
+            # Ray's proxy holds the call that starts a replica, and hands these routers no prompt.
+            expected = "expected session, or min_replicas of at least 1"
+            yield (*where, "affinity"), f"found {served.affinity}; {expected}"
     asked: list[tuple[Path, str | None]] = [(("models", "default"), models.default)]
     for name, agent in settings.agents.items():
         path = ("agents", name, "model")

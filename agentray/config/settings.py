@@ -73,7 +73,9 @@ class PostgresSettings(_Section):
         description="Address of PostgreSQL; without one an embedded server is started.",
     )
     pool_size: Count = Field(
-        default=4, description="Connections of one host besides the journal's own."
+        default=4,
+        description="Connections of one host for its sessions; it takes two more for journal and "
+        "heartbeat, and up to five for files and batches.",
     )
     connect_timeout_s: Seconds = Field(default=5.0, description="Longest wait for a connection.")
     statement_timeout_s: Seconds = Field(default=30.0, description="Longest run of one statement.")
@@ -382,7 +384,12 @@ class BatchSettings(_Section):
         default=0.5,
         gt=0,
         le=1,
-        description="Share of a host's turns or completions above which batches wait.",
+        description="Share of max_running_turns, and of a model's max_concurrent, above which "
+        "batches wait.",
+    )
+    idle_turns: Count = Field(
+        default=32,
+        description="Turns, or calls without a session, of one host above which batches wait.",
     )
     max_file_bytes: Count = Field(
         default=100 * 1024 * 1024, description="Largest file that may be uploaded, in bytes."

@@ -37,6 +37,9 @@ __all__ = ["build_http_app"]
 
 log = get_logger(__name__)
 
+# Each may fill the disk with a file, and waits for one of few connections to the store.
+_UPLOADS = 4
+
 
 class Gauge(Protocol):
     """What a gauge of Prometheus' client is here."""
@@ -87,6 +90,7 @@ def build_http_app(
         # A completion costs a host about what a turn does: a call of a model that goes through it.
         completions=completions
         or Admission("calls of models", settings.sessions.max_running_turns),
+        uploads=Admission("uploads", _UPLOADS),
         draining=draining,
         metrics=metrics,
         model_health=model_health,

@@ -120,6 +120,7 @@ class Door:
     watchdog: Watchdog
     answers: Answers
     completions: Admission
+    uploads: Admission
     draining: asyncio.Event
     metrics: Metrics
     model_health: Healths

@@ -163,9 +163,10 @@ def headers(error: AgentRayError) -> list[tuple[bytes, bytes]]:
     """
     code = status(error)
     found: list[tuple[bytes, bytes]] = []
-    if code in (429, 503):
-        after = error.fields.get("retry_after_s")
-        seconds = after if isinstance(after, (int, float)) else _DEFAULT_RETRY_AFTER_S
+    after = error.fields.get("retry_after_s")
+    known = isinstance(after, (int, float))
+    if code in (429, 503) or (code == 502 and known):
+        seconds = after if known else _DEFAULT_RETRY_AFTER_S
         found.append((b"retry-after", b"%d" % max(1, math.ceil(seconds))))
     if code == 409:
         found.append((b"x-should-retry", b"false"))

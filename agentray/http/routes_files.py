@@ -40,6 +40,12 @@ _BYTES: Header = (b"content-type", b"application/octet-stream")
 
 async def create_file(door: Door, exchange: Exchange) -> None:
     most = door.batch.max_file_bytes
+    with door.uploads.admit():
+        await exchange.reply(file_object(await _kept(door, exchange, most)))
+
+
+async def _kept(door: Door, exchange: Exchange, most: int) -> FileRow:
+    """Take in a form's file, of ``most`` bytes, and store it."""
     async with _form(exchange, most + _FORM_BYTES) as (fields, upload):
         try:
             form = msgspec.convert(fields, FileForm, strict=False)
@@ -48,15 +54,15 @@ async def create_file(door: Door, exchange: Exchange) -> None:
         if upload.size is not None and upload.size > most:
             raise BodyTooLargeError(f"the file is larger than {most} bytes", limit_bytes=most)
         name = (upload.filename or "").replace("\0", "")[:_MAX_NAME_CHARS]
-        row = await door.files.create_file(
+        return await door.files.create_file(
             TENANT,
             new_file_id(),
             _pieces(upload),
             purpose="batch",
-            filename=name or "upload.jsonl",
+            # Half a character, as UTF-7 may name it, is none that could be stored or sent.
+            filename=name.encode("utf-8", "replace").decode() or "upload.jsonl",
             ttl_s=form.seconds or DEFAULT_LIFETIME_S,
         )
-    await exchange.reply(file_object(row))
 
 
 @asynccontextmanager
@@ -81,10 +87,13 @@ async def _form(
         max_part_size=_FORM_BYTES,
     )
     try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise InvalidRequestError(f"malformed form: {error.message}") from error
-    try:
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise InvalidRequestError(f"malformed form: {error.message}") from error
+        except UnicodeError as error:
+            said = "malformed form: it is not in the charset that its type names"
+            raise InvalidRequestError(said) from error
         fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
         upload = form.get("file")
         if not isinstance(upload, UploadFile):

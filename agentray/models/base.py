@@ -9,7 +9,22 @@ import msgspec
 
 from agentray.events import Route, ToolCall, Usage
 
-__all__ = ["ModelCaller", "ModelHealth", "ModelProgress", "ModelRequest"]
+__all__ = ["Bill", "ModelCaller", "ModelHealth", "ModelProgress", "ModelRequest"]
+
+
+class Bill:
+    """What calls cost that neither an answer nor an error tells of, because they were given up: in
+    US dollars. Whoever makes a request reads it when the stream is closed."""
+
+    __slots__ = ("cost",)
+
+    def __init__(self) -> None:
+        self.cost = 0.0
+
+    def take(self) -> float:
+        """Return the cost, for the caller to account for; nothing is left."""
+        cost, self.cost = self.cost, 0.0
+        return cost
 
 
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +34,8 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``timeout_s`` is what is left of the step's time. ``check`` looks at a whole answer, its new
     text and its tool calls, and returns what is wrong with it. ``patient`` calls wait some
     seconds for an endpoint that nobody answers at; those that have another model to go to do not.
-    ``cache`` allows (or forbids) an answer that was given to an equal call before.
+    ``cache`` allows (or forbids) an answer that was given to an equal call before. ``bill`` gets
+    what calls cost that are given up.
     """
 
     model: str
@@ -30,6 +46,7 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     check: Callable[[str, tuple[ToolCall, ...]], str | None] | None = None
     patient: bool = True
     cache: bool | None = None
+    bill: Bill | None = None
     output_schema: bytes | None = None
     tools: bytes | None = None
     temperature: float | None = None
@@ -79,7 +96,8 @@ class ModelCaller(Protocol):
             ModelNotFoundError: no such model in the catalog.
             ModelRateLimitedError: 429; with ``retry_after_s`` where the endpoint named one.
             ModelUnavailableError: unreachable (with ``unreached``), 5xx (with ``status``),
-                stalled, closed early, malformed.
+                stalled, closed early, malformed; with ``out_of_time`` where the request's own time
+                ended it, which says nothing of the model.
             ModelContextLengthError: prompt and answer do not fit its context window.
             ModelError: any other refusal, with ``status``.
 

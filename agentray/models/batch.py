@@ -19,7 +19,7 @@ from agentray.config.settings import BatchSettings
 from agentray.errors import AgentRayError, StorageUnavailableError
 from agentray.ids import new_file_id
 from agentray.models.batch_lines import InputReader, answer, asks_for_stream, failure, usage_of
-from agentray.models.batch_rules import next_step, pause_s, shares, verdict
+from agentray.models.batch_rules import Rests, next_step, pause_s, shares, verdict
 from agentray.storage.batches import (
     BatchFault,
     BatchRow,
@@ -34,7 +34,7 @@ __all__ = ["BatchRunner", "BatchStore", "Call", "Reply"]
 
 log = get_logger(__name__)
 
-# Of all that are in progress: the oldest. The others come when these have ended.
+# Of each kind of work: those of the oldest batches. The others come when these have ended.
 BATCHES_AT_ONCE = 100
 DELETE_EXPIRED_S = 60.0
 CANCEL_AGAIN_S = 0.5
@@ -49,6 +49,16 @@ _UNFINISHED: dict[EndStatus, bytes] = {
         "This request could not be executed before the completion window expired.",
     ),
 }
+_BROKE = msgspec.json.encode(
+    {
+        "error": {
+            "message": "the request, or what was answered, could not be dealt with",
+            "type": "server_error",
+            "param": None,
+            "code": "internal_error",
+        }
+    }
+)
 _STREAM_REFUSED = msgspec.json.encode(
     {
         "error": {
@@ -104,8 +114,10 @@ class BatchRunner:
         self._clock = clock
         self._rng = rng or random.Random()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lines: set[asyncio.Task[None]] = set()
+        self._lines: dict[asyncio.Task[None], ClaimedLine] = {}
         self._validation: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._rests = Rests()
         self._runnable: list[BatchRow] = []
         self._turn = 0
         self._look_at = 0.0
@@ -154,8 +166,9 @@ class BatchRunner:
         while True:
             await asyncio.sleep(lease_s / 3)
             try:
-                if self._lines:
-                    await self._store.renew_lines(self._name, lease_s=lease_s)
+                # Those that somebody runs: a claim whose answer was lost is to end.
+                if lines := list(self._lines.values()):
+                    await self._store.renew_lines(self._name, lines, lease_s=lease_s)
             except Exception:  # the outer wall: without renewals, lines would run twice
                 log.exception("batch_leases_not_renewed")
 
@@ -166,33 +179,51 @@ class BatchRunner:
             await self._store.delete_expired_files()
         if now >= self._look_at:
             self._look_at = now + self._settings.sweep_s
-            self._runnable = await self._tend()
+            self._runnable = await self._tend(now)
         free = self._settings.concurrency - len(self._lines)
-        if free > 0 and self._runnable and self._idle():
-            await self._begin(free)
+        resting = self._rests.resting(now)
+        ready = [batch for batch in self._runnable if batch.id not in resting]
+        if free > 0 and ready and self._idle():
+            await self._begin(free, ready)
 
-    async def _tend(self) -> list[BatchRow]:
+    async def _tend(self, now: float) -> list[BatchRow]:
         """Bring each open batch one step further; return those whose lines may run."""
         runnable: list[BatchRow] = []
         validating: list[BatchRow] = []
-        for batch in await self._store.open_batches(BATCHES_AT_ONCE):
+        ending: list[tuple[BatchRow, EndStatus]] = []
+        resting = self._rests.resting(now)
+        for batch in await self._store.open_batches(BATCHES_AT_ONCE, resting=resting):
             match next_step(batch):
                 case "run":
                     runnable.append(batch)
                 case "validate":
                     validating.append(batch)
                 case "finalize":
-                    await self._store.finalize_batch(batch.tenant, batch.id)
-                    await self._end(batch, "completed")
+                    ending.append((batch, "completed"))
                 case ("end", status):
-                    await self._end(batch, status)
+                    ending.append((batch, status))
                 case _:
                     pass
+        if ending and self._ending is None:
+            self._ending = self._spawn(self._end_all(ending))
         if validating and self._validation is None and self._idle():
             self._validation = self._spawn(self._validate(validating))
         return runnable
 
+    async def _end_all(self, batches: list[tuple[BatchRow, EndStatus]]) -> None:
+        """End batches, one at a time beside what runs: writing their files may take long."""
+        try:
+            for batch, status in batches:
+                try:
+                    await self._end(batch, status)
+                except Exception:  # the outer wall: the others are ended all the same
+                    log.exception("batch_not_ended", batch=batch.id)
+        finally:
+            self._ending = None
+
     async def _end(self, batch: BatchRow, status: EndStatus) -> None:
+        if batch.status == "in_progress" and status == "completed":
+            await self._store.finalize_batch(batch.tenant, batch.id)
         ended = await self._store.finish_batch(
             batch.tenant,
             batch.id,
@@ -207,16 +238,16 @@ class BatchRunner:
     # Validation
 
     async def _validate(self, batches: list[BatchRow]) -> None:
+        lease_s = self._settings.lease_s
         try:
             for batch in batches:
-                leased = await self._store.claim_batch(
-                    batch.tenant, batch.id, self._name, lease_s=self._settings.lease_s
-                )
-                if leased:
-                    await self._read_input(batch)
-        except Exception:
-            # The outer wall: the lease ends, and somebody reads it again.
-            log.exception("batch_validation_broke")
+                try:
+                    key = (batch.tenant, batch.id, self._name)
+                    if await self._store.claim_batch(*key, lease_s=lease_s):
+                        await self._read_input(batch)
+                except Exception:
+                    # The outer wall: the lease ends, and somebody reads it again.
+                    log.exception("batch_validation_broke", batch=batch.id)
         finally:
             self._validation = None
 
@@ -224,13 +255,16 @@ class BatchRunner:
         store, settings = self._store, self._settings
         reader = InputReader(batch.id, batch.endpoint, max_requests=settings.max_requests)
         key = (batch.tenant, batch.id, self._name)
-        if await store.file(batch.tenant, batch.input_file_id) is None:
-            gone = BatchFault(code="file_not_found", message="The input file was deleted.")
-            await store.fail_batch(*key, [gone])
-            return
-        number = 0
+        file = await store.file(batch.tenant, batch.input_file_id)
+        number = size = 0
         while not reader.given_up:
             piece = await store.read_piece(batch.tenant, batch.input_file_id, number)
+            size += len(piece or b"")
+            if file is None or (piece is None and size != file.size_bytes):
+                # Maybe only now: what is left of it is not what was ordered.
+                gone = BatchFault(code="file_not_found", message="The input file was deleted.")
+                await store.fail_batch(*key, [gone])
+                return
             lines = reader.close() if piece is None else reader.feed(piece)
             wanted = bool(lines) and not reader.faults
             if wanted and not await store.add_lines(*key, lines, lease_s=settings.lease_s):
@@ -247,9 +281,9 @@ class BatchRunner:
 
     # Lines
 
-    async def _begin(self, free: int) -> None:
+    async def _begin(self, free: int, ready: list[BatchRow]) -> None:
         self._turn += 1
-        for batch, count in shares(free, self._runnable, self._turn):
+        for batch, count in shares(free, ready, self._turn):
             lines = await self._store.claim_lines(
                 batch.tenant,
                 batch.id,
@@ -259,14 +293,14 @@ class BatchRunner:
             )
             for line in lines:
                 task = self._spawn(self._run(line))
-                self._lines.add(task)
+                self._lines[task] = line
                 task.add_done_callback(self._line_ended)
             if len(lines) < count:
                 # Until the next sweep; what it leaves free goes to the others.
                 self._runnable.remove(batch)
 
     def _line_ended(self, task: asyncio.Task[None]) -> None:
-        self._lines.discard(task)
+        del self._lines[task]
         self._ended.set()
 
     async def _run(self, line: ClaimedLine) -> None:
@@ -277,15 +311,20 @@ class BatchRunner:
                 reply = await self._call(line.endpoint, line.body)
             await self._patiently(lambda: self._settle(line, reply))
         except Exception:
-            # The outer wall: its lease ends, and it is run again.
+            # The outer wall: a line that breaks whatever is done with it has an end, too.
             log.exception("batch_line_broke", batch=line.batch_id, line=line.number)
+            with contextlib.suppress(AgentRayError):  # then its lease ends
+                await self._settle(line, Reply(500, _BROKE))
 
     async def _settle(self, line: ClaimedLine, reply: Reply) -> None:
-        found = verdict(reply.status, reply.body)
-        if found == "later":
-            delay_s = pause_s(line.attempts, reply.retry_after_s, self._rng.random())
-            await self._store.put_off(line, self._name, delay_s)
+        found = verdict(reply.status, reply.body, line.attempts)
+        if found in ("later", "again"):
+            asked_s, now = reply.retry_after_s, self._clock.monotonic()
+            self._rests.put_off(line.batch_id, now, asked_s, self._rng.random())
+            delay_s = pause_s(line.attempts, asked_s, self._rng.random())
+            await self._store.put_off(line, self._name, delay_s, counts=found == "again")
             return
+        self._rests.answered(line.batch_id)
         await self._store.record(
             line,
             succeeded=found == "succeeded",

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from agentray.models.usage import reasoning_in, usage_in, usage_said
 from agentray.storage.batches import BatchFault, LineUsage, NewLine
 
 __all__ = [
@@ -162,8 +163,11 @@ def line_id(batch_id: str, number: int) -> str:
 
 def answer(batch_id: str, number: int, attempts: int, status: int, body: bytes) -> bytes:
     """Return the rest of a line of an output or error file: what was answered."""
-    # A line is a line, however the model's server lays its answer out.
-    body = msgspec.json.format(body, indent=-1)
+    try:
+        # A line is a line, however the model's server lays its answer out.
+        body = msgspec.json.format(body, indent=-1)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        body = _encode(body.decode("utf-8", "replace"))
     request_id = f"req_{line_id(batch_id, number)}{attempts:02x}".encode()
     return (b',"response":{"status_code":%d,"request_id":"%b","body":%b},"error":null}\n') % (
         status,
@@ -186,38 +190,11 @@ def asks_for_stream(body: bytes) -> bool:
     return stream is not None and bytes(stream) not in (b"false", b"null")
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-
-
-class _Answer(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-_answer = msgspec.json.Decoder(_Answer)
-
-
 def usage_of(body: bytes) -> LineUsage:
-    """Return the tokens that an answer says it took; none if it does not say."""
-    try:
-        usage = _answer.decode(body).usage
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        usage = None
-    if usage is None:
-        return LineUsage()
-    prompt = usage.prompt_tokens_details or _Details()
-    completion = usage.completion_tokens_details or _Details()
+    """Return the tokens that an answer says it took; none if it does not say, or no number that
+    can be."""
+    said = usage_said(body)
+    usage = usage_in(said)
     return LineUsage(
-        usage.prompt_tokens,
-        prompt.cached_tokens or 0,
-        usage.completion_tokens,
-        completion.reasoning_tokens or 0,
+        usage.input_tokens, usage.cached_tokens, usage.output_tokens, reasoning_in(said)
     )

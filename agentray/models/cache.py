@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal
 
@@ -12,9 +13,15 @@ import msgspec
 
 from agentray.clock import Clock
 from agentray.config.settings import CacheSettings
-from agentray.errors import InvalidRequestError, ModelUnavailableError, StorageError
+from agentray.errors import (
+    InvalidRequestError,
+    ModelError,
+    ModelUnavailableError,
+    StorageError,
+)
 from agentray.events import ToolCall, Usage
 from agentray.models.base import ModelRequest
+from agentray.models.refusals import unavailable
 from agentray.storage.base import AnswerStore, FlightBegun
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
@@ -23,6 +30,7 @@ __all__ = [
     "CacheKey",
     "CachedAnswer",
     "ResponseCache",
+    "UnkeptAnswer",
     "completion_key",
     "may_cache",
     "request_key",
@@ -70,6 +78,8 @@ class CachedAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str
     tool_calls: tuple[ToolCall, ...] = ()
     usage: Usage = Usage()
+    model: str | None = None
+    cost: float = 0.0
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -127,27 +137,25 @@ def request_key(tenant: str, request: ModelRequest) -> CacheKey:
         "top_p": request.top_p,
         "max_completion_tokens": request.max_output_tokens,
         "response_format": msgspec.Raw(request.output_schema) if request.output_schema else None,
-        "continue_final_message": request.continue_text or None,
     }
     return _key(tenant, request.model, asked, raw=False)
 
 
-def completion_key(tenant: str, model: str, body: bytes | Mapping[str, Any]) -> CacheKey:
+def completion_key(tenant: str, model: str, body: Mapping[str, Any]) -> CacheKey:
     """Return the key of a stateless completion; its body's own ``model`` is not looked at.
 
     Fields that are not known to be without effect count, whatever they are; a field that is null
     is one that is not there.
 
     Raises:
-        InvalidRequestError: ``body`` is no JSON object.
+        InvalidRequestError: a field of ``body`` is no JSON.
     """
     return _key(tenant, model, body, raw=True)
 
 
-def _key(tenant: str, model: str, body: bytes | Mapping[str, Any], *, raw: bool) -> CacheKey:
-    encoded = msgspec.json.encode(body) if isinstance(body, Mapping) else body
+def _key(tenant: str, model: str, body: Mapping[str, Any], *, raw: bool) -> CacheKey:
     try:
-        asked = msgspec.json.decode(encoded, type=dict[str, Any])
+        asked = msgspec.json.decode(msgspec.json.encode(body), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError("the body is no JSON object", param="body") from error
     decisive = {
@@ -191,19 +199,33 @@ def worth_keeping(answer: bytes, *, raw: bool) -> bool:
     )
 
 
-class _Flight:
-    """A call that is being made or waited for, and how many wait for its answer."""
+class UnkeptAnswer(Exception):  # noqa: N818 - it is an outcome, not an error
+    """Raised by a call whose answer is for those who wait for it here, and for nobody else."""
 
-    __slots__ = ("answer", "key", "owed", "taken", "waiters", "work")
+
+_Call = Callable[[], Awaitable[bytes]]
+
+
+class _Flight:
+    """A call that is being made or waited for, and the calls of all who wait for its answer."""
+
+    __slots__ = ("answer", "key", "made", "owed", "taken", "waiting", "work")
 
     def __init__(self, key: CacheKey) -> None:
         self.key = key
         self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self.taken: _Taken = "miss"
-        self.waiters = 0
+        self.waiting: dict[object, _Call] = {}
+        # Whose call was made.
+        self.made: object = None
         self.work: asyncio.Task[None] | None = None
         # The call was made, and none of those who wait has been told that it is his.
         self.owed = True
+
+    async def call(self) -> bytes:
+        """Make the call of the first who still waits."""
+        self.made, call = next(iter(self.waiting.items()))
+        return await call()
 
 
 class ResponseCache:
@@ -236,38 +258,52 @@ class ResponseCache:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def get_or_call(
-        self, key: CacheKey, call: Callable[[], Awaitable[bytes]]
+        self, key: CacheKey, call: _Call, *, until: float = math.inf
     ) -> tuple[bytes, bool]:
         """Return the answer, and whether it came from the cache or from another's equal call.
 
         ``call`` is made at most once for all that ask at the same time, here and on other hosts,
-        in a task of its own: cancelling this method ends it only if nobody else waits for it.
-        Of those who share a call made here one is told False, and it is his to account for; if
-        he is cancelled, another. What must be accounted for whoever stays belongs into ``call``.
+        in a task of its own: cancelling this method ends it only if nobody else waits for it, and
+        waits for its end. Of those who share a call made here one is told False, and it is his to
+        account for: whose ``call`` it was, if he is cancelled another. The others' errors are
+        without ``cost``. What must be accounted for whoever stays belongs into ``call``.
+
+        Whoever waits for another's call does so ``until`` that time of the loop's at most; how long
+        his own may take is his ``call``'s to keep.
 
         An answer is kept if it is ``worth_keeping``, without anybody waiting for that. With the
         store away nothing is kept, equal calls of this process still share one, and no call
         waits longer for the store than for its time limit.
 
         Raises:
-            ModelUnavailableError: the call was cancelled from within, or the cache was closed.
+            ModelUnavailableError: the call was cancelled from within, or the cache was closed; with
+                ``out_of_time``, the wait was over.
             Exception: what ``call`` raised, for all that shared it here. Nothing of it is kept.
         """
         flight = self._flights.get(key.digest)
         if flight is None:
             flight = self._flights[key.digest] = _Flight(key)
-            flight.work = self._start(self._fly(flight, call))
-        flight.waiters += 1
+            flight.work = self._start(self._fly(flight))
+        me = object()
+        flight.waiting[me] = call
         try:
-            answer = await asyncio.shield(flight.answer)
-        except Exception:
-            self._count(flight)
+            left_s = until - asyncio.get_running_loop().time()
+            await asyncio.wait({flight.answer}, timeout=None if left_s == math.inf else left_s)
+            late = not flight.answer.done() and flight.made is not me
+            answer = b"" if late else await asyncio.shield(flight.answer)
+        except Exception as error:
+            others = self._count(flight, me)
+            if others and isinstance(error, ModelError) and "cost" in error.fields:
+                facts = {name: fact for name, fact in error.fields.items() if name != "cost"}
+                raise type(error)(error.message, **facts) from error
             raise
         finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.answer.done():
-                self._abandon(flight)
-        return answer, self._count(flight)
+            del flight.waiting[me]
+            if not flight.waiting and not flight.answer.done():
+                await self._abandon(flight)
+        if late:
+            raise unavailable(key.model, "did not answer in time", out_of_time=True)
+        return answer, self._count(flight, me)
 
     async def close(self) -> None:
         """End calls that are under way; those who wait for them get ``ModelUnavailableError``."""
@@ -278,9 +314,11 @@ class ResponseCache:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _count(self, flight: _Flight) -> bool:
+    def _count(self, flight: _Flight, who: object) -> bool:
         """Count one who got the answer, and return whether it was not his own call."""
-        own, flight.owed = flight.owed and flight.taken in ("miss", "unavailable"), False
+        own = flight.owed and flight.taken in ("miss", "unavailable")
+        own = own and (flight.made is who or flight.made not in flight.waiting)
+        flight.owed = flight.owed and not own
         taken = flight.taken if own or flight.taken == "hit" else "shared"
         self._metrics.answer_cache.labels(taken).inc()
         return not own
@@ -291,11 +329,13 @@ class ResponseCache:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _abandon(self, flight: _Flight) -> None:
+    async def _abandon(self, flight: _Flight) -> None:
         flight.answer.cancel()
         self._forget(flight)
         assert flight.work is not None
         flight.work.cancel()
+        # Whoever leaves last is to know what the call has cost.
+        await asyncio.wait({flight.work})
 
     def _forget(self, flight: _Flight) -> None:
         if self._flights.get(flight.key.digest) is flight:
@@ -309,7 +349,7 @@ class ResponseCache:
             error = ModelUnavailableError("the call was cancelled", model=flight.key.model)
         flight.answer.set_exception(error)
 
-    async def _fly(self, flight: _Flight, call: Callable[[], Awaitable[bytes]]) -> None:
+    async def _fly(self, flight: _Flight) -> None:
         """Bring a flight's answer, or its error, to all that wait for it here."""
         self._begun += 1
         name = f"{self._owner}/{self._begun}"
@@ -318,14 +358,15 @@ class ResponseCache:
             if begun.outcome == "answer":
                 answer = begun.answer
             elif begun.outcome == "leads":
-                answer = await self._lead(flight.key.digest, name, call)
+                answer = await self._lead(flight, name)
             else:
-                answer = await call()
+                answer = await flight.call()
         except BaseException as error:
             self._forget(flight)
             self._fail(flight, error)
             # It may lead without knowing, if the acknowledgement was lost.
-            self._start(self._end(flight.key.digest, name))
+            alone_s = _ALONE_S if isinstance(error, UnkeptAnswer) else 0.0
+            self._start(self._end(flight.key.digest, name, alone_s=alone_s))
             if isinstance(error, Exception):
                 return  # those who wait have it
             raise
@@ -358,10 +399,10 @@ class ResponseCache:
             await self._sleep(pause_s)
             pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
 
-    async def _lead(self, digest: str, name: str, call: Callable[[], Awaitable[bytes]]) -> bytes:
-        renewing = self._start(self._renew(digest, name))
+    async def _lead(self, flight: _Flight, name: str) -> bytes:
+        renewing = self._start(self._renew(flight.key.digest, name))
         try:
-            return await call()
+            return await flight.call()
         finally:
             renewing.cancel()
 

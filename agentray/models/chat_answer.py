@@ -21,8 +21,11 @@ class StreamedAnswer:
 
     The first token is due at ``first_due``, everything at ``end_due`` (both in the loop's time),
     and in between no read may wait longer than ``stall_s``. Time that the consumer takes between
-    two reads is its own and only ``end_due`` looks at it. ``ending`` holds the responses whose
-    answer is whole and whose body's end is still to come; whoever owns it closes them in the end.
+    two reads is its own and only ``end_due`` looks at it. An answer that has begun by ``end_due``
+    was only ``out_of_time``, as is one that was ``hurried`` to begin.
+
+    ``ending`` holds the responses whose answer is whole and whose body's end is still to come;
+    whoever owns it closes them in the end.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class StreamedAnswer:
         first_due: float,
         end_due: float,
         stall_s: float,
+        hurried: bool,
         ending: set[aiohttp.ClientResponse],
     ) -> None:
         self.text = ""
@@ -44,6 +48,7 @@ class StreamedAnswer:
         self._model = model
         self._end_due = end_due
         self._stall_s = stall_s
+        self._hurried = hurried
         self._ending = ending
         self._loop = asyncio.get_running_loop()
         self._due = first_due
@@ -51,6 +56,7 @@ class StreamedAnswer:
         self._advanced = False
         self._reading = False
         self._late: str | None = None
+        self._out_of_time = False
         self._timer = self._loop.call_at(min(first_due, end_due), self._look)
 
     async def read(self) -> bytes:
@@ -71,7 +77,8 @@ class StreamedAnswer:
             if chat.finish_reason is not None:
                 return b""
             why = self._late or f"broke off: {shown(error)}"
-            raise unavailable(self._model, why) from error
+            facts = {"out_of_time": True} if self._out_of_time else {}
+            raise unavailable(self._model, why, **facts) from error
         finally:
             self._reading = False
         # Comments that only keep the connection open are no progress.
@@ -104,6 +111,7 @@ class StreamedAnswer:
         now = self._loop.time()
         if now >= self._end_due:
             self._late = "did not finish in time"
+            self._out_of_time = self._began or self._hurried
         elif not self._reading:
             self._due = now + self._stall_s
         elif now >= self._due:

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
-from agentray.errors import ModelError, ModelUnavailableError
+from agentray.errors import ModelUnavailableError
 from agentray.events import ToolCall, Usage
 from agentray.models.refusals import refusal_in_answer
+from agentray.models.usage import usage_in
+from agentray.models.whole_answer import check_end
 
 __all__ = ["ChatStream"]
 
@@ -38,6 +40,9 @@ class _Delta(msgspec.Struct):
     reasoning: Any = None
     reasoning_content: Any = None
     tool_calls: list[_ToolDelta] | None = None
+    # What only those read to whom a stream is passed on as it came.
+    function_call: Any = None
+    audio: Any = None
 
 
 class _Choice(msgspec.Struct):
@@ -46,19 +51,9 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-
-
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -76,9 +71,10 @@ class ChatStream:
     """Takes the bytes of one stream as they come, cut anywhere, and knows when it is whole.
 
     ``model`` is named in errors. With ``may_be_empty`` an answer without text and calls is one:
-    a text that is continued can turn out to have been complete. ``secret`` is cut out of what
-    the endpoint says in errors. An answer that goes on far behind ``max_tokens`` is cut there, as
-    one that reached its limit.
+    a text that is continued can turn out to have been complete. With ``passed_on`` thoughts, audio
+    and functions of the old form are an answer, too: whoever gets the stream may use them.
+    ``secret`` is cut out of what the endpoint says in errors. An answer that goes on far behind
+    ``max_tokens`` is cut there, as one that reached its limit.
     """
 
     def __init__(
@@ -86,6 +82,7 @@ class ChatStream:
         model: str,
         *,
         may_be_empty: bool = False,
+        passed_on: bool = False,
         secret: str | None = None,
         max_tokens: int | None = None,
     ):
@@ -99,6 +96,7 @@ class ChatStream:
         """Chunks that were read, so that comments that keep a connection open do not count."""
         self._model = model
         self._may_be_empty = may_be_empty
+        self._passed_on = passed_on
         self._secret = secret
         self._rest = b""
         self._has_text = False
@@ -149,7 +147,7 @@ class ChatStream:
 
         Raises:
             ModelUnavailableError: the answer is not whole, or there is none.
-            ModelError: the answer was withheld by the endpoint's content filter.
+            ModelError: as ``check_end``.
         """
         if self.finish_reason is None:
             raise ModelUnavailableError(
@@ -162,16 +160,8 @@ class ChatStream:
         )
         if not all(call.name for call in calls):
             raise self._malformed("a tool call has no name")
-        if not calls and not self._has_text and not self._may_be_empty:
-            if self.finish_reason == "content_filter":
-                raise ModelError(
-                    f"the content filter of model {self._model!r} withheld the answer",
-                    model=self._model,
-                    upstream_code="content_filter",
-                )
-            raise ModelUnavailableError(
-                f"model {self._model!r} gave an empty answer", model=self._model, empty=True
-            )
+        said = bool(calls) or self._has_text or self._may_be_empty
+        check_end(self._model, self.finish_reason, said=said)
         return calls
 
     @property
@@ -182,21 +172,27 @@ class ChatStream:
     def _take(self, payload: bytes, texts: list[str]) -> None:
         try:
             chunk = _decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._malformed("an event is no chunk of a chat answer") from error
         if chunk.error:
             raise refusal_in_answer(
                 self._model, msgspec.json.encode({"error": chunk.error}), self._secret
             )
+        choices = chunk.choices
+        if choices and choices[0].finish_reason:
+            # Here and not at the end: whoever gets the stream must not see it end well.
+            check_end(self._model, choices[0].finish_reason, said=True)
         self.chunks += 1
         if chunk.usage is not None:
-            self.usage = _usage(chunk.usage)
-        if not chunk.choices:
+            self.usage = usage_in(chunk.usage)
+        if not choices:
             return
-        choice = chunk.choices[0]
-        if choice.index != 0:
-            return
+        choice = choices[0]
         delta = choice.delta
+        if choice.index != 0:
+            # Whoever asked for several has an answer if one of them is.
+            self._has_text |= self._passed_on and delta is not None and bool(delta.content)
+            return
         if delta is not None:
             text = delta.content or delta.refusal
             if text:
@@ -206,8 +202,9 @@ class ChatStream:
                 self.started = True
                 for part in delta.tool_calls:
                     self._take_call(part)
-            elif delta.reasoning_content or delta.reasoning:
+            elif delta.reasoning_content or delta.reasoning or delta.function_call or delta.audio:
                 self.started = True
+                self._has_text |= self._passed_on
         if choice.finish_reason:
             self.finish_reason = choice.finish_reason
             self.started = True
@@ -235,12 +232,3 @@ class ChatStream:
         return ModelUnavailableError(
             f"the stream of model {self._model!r} is malformed: {what}", model=self._model
         )
-
-
-def _usage(usage: _Usage) -> Usage:
-    details = usage.prompt_tokens_details
-    return Usage(
-        input_tokens=usage.prompt_tokens or 0,
-        output_tokens=usage.completion_tokens or 0,
-        cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
-    )

@@ -18,12 +18,13 @@ from yarl import URL
 
 from agentray.clock import Clock, SystemClock
 from agentray.config.settings import ModelsSettings
-from agentray.errors import InvalidRequestError, ModelError, ModelUnavailableError
+from agentray.errors import ModelError, ModelUnavailableError
 from agentray.models.base import ModelProgress, ModelRequest
 from agentray.models.catalog import Catalog
 from agentray.models.chat_answer import RawStream, StreamedAnswer, shown
 from agentray.models.chat_stream import ChatStream
 from agentray.models.refusals import refusal, refusal_in_answer, retry_after_s, unavailable
+from agentray.models.whole_answer import is_completion, is_embeddings, is_error
 
 __all__ = ["ModelClient", "RawStream"]
 
@@ -36,23 +37,6 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_PLAIN_BODY_BYTES = 1024 * 1024
 
 _encode = msgspec.json.encode
-_raw_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-class _Completion(msgspec.Struct):
-    choices: list[msgspec.Raw] = []
-
-
-class _Embedding(msgspec.Struct):
-    embedding: msgspec.Raw
-
-
-class _Embeddings(msgspec.Struct):
-    data: list[_Embedding]
-
-
-_completion = msgspec.json.Decoder(_Completion)
-_embeddings = msgspec.json.Decoder(_Embeddings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +104,7 @@ class ModelClient:
     async def complete_raw(
         self,
         model: str,
-        body: bytes | Mapping[str, Any],
+        body: Mapping[str, Any],
         *,
         session_id: str | None = None,
         timeout_s: float | None = None,
@@ -134,19 +118,13 @@ class ModelClient:
         asks to go on with a text, which may turn out to have been complete.
 
         Raises:
-            InvalidRequestError: ``body`` is no JSON object.
             ModelError: as for ``stream``.
         """
         target = self._target(model)
-        if not isinstance(body, Mapping):
-            try:
-                body = _raw_object.decode(body)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise InvalidRequestError("the body is no JSON object", param="body") from error
         streams = body.get("stream")
         payload = _encode({**body, "model": msgspec.Raw(target.upstream)})
         if streams is True or (isinstance(streams, msgspec.Raw) and bytes(streams) == b"true"):
-            chat = ChatStream(model, may_be_empty=continues, secret=target.secret)
+            chat = ChatStream(model, may_be_empty=continues, passed_on=True, secret=target.secret)
             answer = await self._open(target, payload, session_id, chat, timeout_s)
             return await _begun(answer, chat)
         return await self._complete(target, payload, session_id, timeout_s)
@@ -163,7 +141,7 @@ class ModelClient:
         payload = _encode({**body, "model": msgspec.Raw(target.upstream)})
         url = target.embeddings_url
         answer = await self._whole(target, payload, None, timeout_s, url=url)
-        if not _is_embeddings(answer):
+        if not is_embeddings(answer):
             raise self._no_answer(target, answer, "embeddings")
         return answer
 
@@ -195,12 +173,21 @@ class ModelClient:
             )
         return self._http
 
+    def _is_hurried(self, timeout_s: float) -> bool:
+        """Return whether a call has less time than a model may take to begin: if it is silent for
+        so long, that says nothing of the model. A step that has less as a whole has that, and its
+        first call must be able to find a model out."""
+        settings = self._settings
+        return timeout_s < min(settings.first_token_timeout_s, settings.step_timeout_s / 2)
+
     async def _post(
         self,
         target: _Target,
         body: bytes,
         session_id: str | None,
         deadline: float,
+        *,
+        hurried: bool,
         url: URL | None = None,
     ) -> aiohttp.ClientResponse:
         """Return the response once it is known to be neither a refusal nor unreachable."""
@@ -224,7 +211,9 @@ class ModelClient:
                 finally:
                     response.close()
         except TimeoutError as error:
-            raise unavailable(target.model, "did not answer in time") from error
+            # One of aiohttp's own is that no connection came about in its time.
+            hurried = hurried and not isinstance(error, aiohttp.ClientError)
+            raise _late(target.model, hurried) from error
         except (aiohttp.ClientError, OSError) as error:
             reached = not isinstance(error, aiohttp.ClientConnectorError)
             if not reached:
@@ -246,7 +235,8 @@ class ModelClient:
         now = asyncio.get_running_loop().time()
         timeout_s = settings.step_timeout_s if timeout_s is None else timeout_s
         first = now + min(settings.first_token_timeout_s, timeout_s)
-        response = await self._post(target, body, session_id, first)
+        hurried = self._is_hurried(timeout_s)
+        response = await self._post(target, body, session_id, first, hurried=hurried)
         if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
             raise await self._not_a_stream(target, response, first)
         return StreamedAnswer(
@@ -256,6 +246,7 @@ class ModelClient:
             first_due=first,
             end_due=now + timeout_s,
             stall_s=settings.stall_timeout_s,
+            hurried=hurried,
             ending=self._ending,
         )
 
@@ -270,7 +261,7 @@ class ModelClient:
             said = b""  # That it is no stream is the error; the rest would have explained it.
         finally:
             response.close()
-        if _is_error(said):
+        if is_error(said):
             return refusal_in_answer(target.model, said, target.secret)
         return unavailable(target.model, f"answered with {kind}, not with a stream")
 
@@ -278,16 +269,12 @@ class ModelClient:
         self, target: _Target, body: bytes, session_id: str | None, timeout_s: float | None
     ) -> bytes:
         answer = await self._whole(target, body, session_id, timeout_s)
-        try:
-            whole = bool(_completion.decode(answer).choices)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            whole = False
-        if not whole:
+        if not is_completion(target.model, answer):
             raise self._no_answer(target, answer, "completion")
         return answer
 
     def _no_answer(self, target: _Target, said: bytes, kind: str) -> ModelError:
-        if _is_error(said):
+        if is_error(said):
             return refusal_in_answer(target.model, said, target.secret)
         return unavailable(target.model, f"answered with something that is no {kind}")
 
@@ -302,12 +289,13 @@ class ModelClient:
     ) -> bytes:
         timeout_s = self._settings.step_timeout_s if timeout_s is None else timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
-        response = await self._post(target, body, session_id, deadline, url)
+        hurried = self._is_hurried(timeout_s)
+        response = await self._post(target, body, session_id, deadline, hurried=hurried, url=url)
         try:
             async with asyncio.timeout_at(deadline):
                 answer = await _read_at_most(response, MAX_ANSWER_BYTES + 1)
         except TimeoutError as error:
-            raise unavailable(target.model, "did not answer in time") from error
+            raise _late(target.model, hurried) from error
         except (aiohttp.ClientError, OSError) as error:
             raise unavailable(target.model, f"broke off: {shown(error)}") from error
         finally:
@@ -320,6 +308,11 @@ class ModelClient:
                 model=target.model,
             )
         return answer
+
+
+def _late(model: str, hurried: bool) -> ModelError:
+    facts = {"out_of_time": True} if hurried else {}
+    return unavailable(model, "did not answer in time", **facts)
 
 
 async def _begun(answer: StreamedAnswer, chat: ChatStream) -> RawStream:
@@ -366,18 +359,3 @@ async def _read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes:
         parts.append(part)
         size += len(part)
     return b"".join(parts)[:limit]
-
-
-def _is_embeddings(body: bytes) -> bool:
-    try:
-        return bool(_embeddings.decode(body).data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-
-
-def _is_error(body: bytes) -> bool:
-    try:
-        found = _raw_object.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    return "error" in found or "detail" in found or bytes(found.get("object", b"")) == b'"error"'

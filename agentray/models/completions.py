@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from agentray.config.settings import ModelsSettings
 from agentray.errors import InvalidRequestError, ModelContextLengthError, ModelError
 from agentray.events import Route, Usage
-from agentray.models.cache import ResponseCache, completion_key, may_cache
+from agentray.models.cache import ResponseCache, UnkeptAnswer, completion_key, may_cache
 from agentray.models.client import ModelClient, RawStream
 from agentray.models.continuation import Continuation
 from agentray.models.policies import Step, difficulty, step_kind
 from agentray.models.router import Attempt, Choice, Router, may_succeed_elsewhere
+from agentray.models.usage import prompt_bytes, usage_of
 
 __all__ = ["Completion", "Completions", "CompletionStream"]
 
@@ -42,25 +43,10 @@ class _Facts(msgspec.Struct):
     response_format: msgspec.Raw = msgspec.Raw()
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Tokens(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-
-
-class _Counted(msgspec.Struct):
-    usage: _Tokens | None = None
-
-
 _encode = msgspec.json.encode
 _raw_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _facts = msgspec.json.Decoder(_Facts)
 _message = msgspec.json.Decoder(_Message)
-_counted = msgspec.json.Decoder(_Counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +109,7 @@ class CompletionStream:
         return told if told.input_tokens or told.output_tokens else counted
 
 
-class _AnsweredElsewhere(Exception):  # noqa: N818 - it is an outcome, not an error
+class _AnsweredElsewhere(UnkeptAnswer):
     """Another model than the one of the cache's key answered."""
 
     def __init__(self, completion: Completion) -> None:
@@ -172,9 +158,11 @@ class Completions:
         facts = _facts_of(fields)
         step = _step(facts, fields, model, preferred or self._router.catalog.default, allowed)
         step = replace(step, budget=self._settings.routing.step_cost_cap)
+        deadline = asyncio.get_running_loop().time() + self._settings.step_timeout_s
         if self._cache is not None and self._may_cache(facts, cache):
-            return await self._through_cache(self._cache, step, fields, tenant, session_id)
-        return await self._tried(step, fields, session_id)
+            cached = self._cache
+            return await self._through_cache(cached, step, fields, tenant, session_id, deadline)
+        return await self._tried(step, fields, session_id, deadline)
 
     def _may_cache(self, facts: _Facts, cache: bool | None) -> bool:
         # A stream is passed through as it comes: there is nothing whole to keep.
@@ -193,13 +181,14 @@ class Completions:
         fields: Mapping[str, Any],
         tenant: str,
         session_id: str | None,
+        deadline: float,
     ) -> Completion:
         # The model that would answer now is a part of the question.
         first = self._router.choose(step)
         answered: list[Completion] = []
 
         async def call() -> bytes:
-            completion = await self._tried(step, fields, session_id, first)
+            completion = await self._tried(step, fields, session_id, deadline, first)
             if completion.model != first.model:
                 # For all that wait here, and kept under no other model's name.
                 raise _AnsweredElsewhere(completion)
@@ -209,64 +198,79 @@ class Completions:
 
         key = completion_key(tenant, first.model, fields)
         try:
-            body, cached = await cache.get_or_call(key, call)
+            body, cached = await cache.get_or_call(key, call, until=deadline)
         except _AnsweredElsewhere as elsewhere:
             return elsewhere.completion
         if answered and not cached:
             return answered[0]
-        return Completion(body, first.model, first.route, cached=True)
+        return Completion(body, first.model, first.route, cached=cached)
 
     async def _tried(
         self,
         step: Step,
         fields: Mapping[str, Any],
         session_id: str | None,
+        deadline: float,
         first: Choice | None = None,
     ) -> Completion:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.step_timeout_s
-        calls = 0
+        failures = 0
         while True:
             choice, first = first or self._router.choose(step), None
-            calls += 1
             wait_s = self._router.wait_s(choice.model)
             if wait_s:
                 raise self._router.away(choice.model, wait_s)
             attempt = self._router.begin(choice.model, choice.route)
             try:
-                left_s = deadline - loop.time()
-                answer = await self._client.complete_raw(
-                    choice.model, fields, session_id=session_id, timeout_s=left_s
+                return await self._called(
+                    step, choice, attempt, fields, session_id, deadline, failures
                 )
             except ModelError as error:
                 step = _after(step, choice.model, error, attempt.lost(error))
                 elsewhere = self._router.has_other(choice.route, choice.model, step.lost)
                 may_pass = self._may_pass(step, choice, error, elsewhere=elsewhere)
-                wait_s = 0.0 if elsewhere else self._backoff_s(calls - 1, choice.model, error)
+                wait_s = 0.0 if elsewhere else self._backoff_s(failures, choice.model, error)
+                failures += 1
                 late = loop.time() + wait_s >= deadline
-                if not may_pass or late or calls >= self._settings.attempts:
+                if not may_pass or late or failures >= self._settings.attempts:
                     raise
                 await asyncio.sleep(wait_s)
             except BaseException:
                 attempt.cancelled()
                 raise
-            else:
-                if isinstance(answer, bytes):
-                    attempt.answered(_usage(answer))
-                    return Completion(answer, choice.model, choice.route)
-                continuation = Continuation(
-                    self._router,
-                    self._client,
-                    self._settings,
-                    model=choice.model,
-                    route=choice.route,
-                    fields=fields,
-                    session_id=session_id,
-                    deadline=deadline,
-                    failures=calls - 1,
-                )
-                stream = CompletionStream(answer, attempt, step.prompt_tokens, continuation)
-                return Completion(stream, choice.model, choice.route)
+
+    async def _called(
+        self,
+        step: Step,
+        choice: Choice,
+        attempt: Attempt,
+        fields: Mapping[str, Any],
+        session_id: str | None,
+        deadline: float,
+        failures: int,
+    ) -> Completion:
+        """Make one call; what it raises is for the caller to settle, as is being cancelled."""
+        left_s = deadline - asyncio.get_running_loop().time()
+        answer = await self._client.complete_raw(
+            choice.model, fields, session_id=session_id, timeout_s=left_s
+        )
+        if isinstance(answer, bytes):
+            attempt.answered(usage_of(answer))
+            return Completion(answer, choice.model, choice.route)
+        attempt.spoke()
+        continuation = Continuation(
+            self._router,
+            self._client,
+            self._settings,
+            model=choice.model,
+            route=choice.route,
+            fields=fields,
+            session_id=session_id,
+            deadline=deadline,
+            failures=failures,
+        )
+        stream = CompletionStream(answer, attempt, step.prompt_tokens, continuation)
+        return Completion(stream, choice.model, choice.route)
 
     def _backoff_s(self, failures: int, model: str, error: ModelError) -> float:
         # Behind a limit whose end was not named, or an open breaker, an earlier call is refused.
@@ -314,7 +318,7 @@ def _step(
     return Step(
         kind=kind,
         difficulty=difficulty(kind, last, tools=tools, turns=len(messages) // 2),
-        prompt_tokens=sum(map(len, messages)) // _BYTES_PER_TOKEN,
+        prompt_tokens=prompt_bytes(messages) // _BYTES_PER_TOKEN,
         output_tokens=facts.max_completion_tokens or facts.max_tokens,
         images=any(_IMAGE in message for message in messages),
         tools=bool(tools),
@@ -332,15 +336,3 @@ def _after(step: Step, model: str, error: ModelError, spent: float) -> Step:
     if isinstance(error, ModelContextLengthError) and step.overflowed is None:
         return replace(step, overflowed=model)
     return replace(step, lost=(*step.lost, model))
-
-
-def _usage(answer: bytes) -> Usage:
-    tokens = _counted.decode(answer).usage
-    if tokens is None:
-        return Usage()
-    details = tokens.prompt_tokens_details
-    return Usage(
-        tokens.prompt_tokens or 0,
-        tokens.completion_tokens or 0,
-        (details.cached_tokens or 0) if details is not None else 0,
-    )

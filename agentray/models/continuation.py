@@ -13,6 +13,7 @@ from agentray.errors import ModelError
 from agentray.events import Route
 from agentray.models.client import ModelClient, RawStream
 from agentray.models.router import Attempt, Router
+from agentray.models.usage import tokens
 
 __all__ = ["Continuation", "can_go_on"]
 
@@ -144,6 +145,8 @@ class Continuation:
             if wait_s > longest_s or loop.time() + wait_s >= self._deadline:
                 return None
             await asyncio.sleep(wait_s)
+            if self._router.wait_s(self._model):
+                continue  # another one is the probe that finds it back
             attempt = self._router.begin(self._model, self._route)
             try:
                 answer = await self._client.complete_raw(
@@ -162,6 +165,7 @@ class Continuation:
                 raise
             else:
                 assert isinstance(answer, RawStream)
+                attempt.spoke()
                 return answer, attempt, b"\n\n" + _TOLD % reason
         return None
 
@@ -209,8 +213,8 @@ class Continuation:
         if isinstance(usage, dict):
             # To its endpoint the text so far was a part of the prompt.
             counts = cast("dict[str, Any]", usage)
-            counts["prompt_tokens"] = max(0, (counts.get("prompt_tokens") or 0) - self._tokens)
-            counts["completion_tokens"] = (counts.get("completion_tokens") or 0) + self._tokens
+            counts["prompt_tokens"] = max(0, tokens(counts.get("prompt_tokens")) - self._tokens)
+            counts["completion_tokens"] = tokens(counts.get("completion_tokens")) + self._tokens
         return b"data: " + _encode(chunk)
 
 

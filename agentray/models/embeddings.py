@@ -9,9 +9,9 @@ from typing import Any
 from agentray.config.settings import ModelsSettings
 from agentray.errors import ModelError
 from agentray.events import Usage
-from agentray.models.batch_lines import usage_of
 from agentray.models.client import ModelClient
 from agentray.models.router import Router
+from agentray.models.usage import usage_of
 
 __all__ = ["Embeddings"]
 
@@ -57,12 +57,12 @@ class Embeddings:
         attempt = self._router.begin(model, None)
         try:
             answer = await self._client.embed_raw(model, body, timeout_s=timeout_s)
+            usage = usage_of(answer)
         except ModelError as error:
             attempt.lost(error)
             raise
         except BaseException:
             attempt.cancelled()
             raise
-        usage = usage_of(answer)
         attempt.answered(Usage(usage.input_tokens, 0, usage.cached_tokens))
         return answer

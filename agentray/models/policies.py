@@ -170,11 +170,11 @@ def _price(step: Step, model: Candidate) -> float:
 def ranks(threshold: float, region: str | None) -> tuple[Rank, ...]:
     """Return the ranks in the order in which they decide."""
     return (
+        Rank(lambda step, model: "the others are unhealthy", lambda step, model: model.away_s),
         Rank(
             lambda step, model: "the others failed this step",
             lambda step, model: step.lost.count(model.name),
         ),
-        Rank(lambda step, model: "the others are unhealthy", lambda step, model: model.away_s),
         Rank(
             # It is shown less of the past then; a shorter one would need even less.
             lambda step, model: "no other one has a longer window",

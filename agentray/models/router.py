@@ -36,6 +36,10 @@ log = get_logger(__name__)
 
 # A limit whose end the endpoint does not name.
 _LIMITED_S = 1.0
+# Until a model that runs much may have room.
+_CROWDED_S = 1.0
+# Whoever says to come back tomorrow is asked again before: a mistake must not last that long.
+_LONGEST_LIMIT_S = 600.0
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 30.0
 _MOST_KEPT = 1_000
@@ -59,6 +63,7 @@ class _Model:
         "_metrics",
         "breaker",
         "cached",
+        "chats",
         "cost",
         "endpoint",
         "input",
@@ -66,6 +71,7 @@ class _Model:
         "output",
         "position",
         "running",
+        "tier",
     )
 
     def __init__(
@@ -76,10 +82,13 @@ class _Model:
         self.breaker = breaker
         self.running = 0
         name = endpoint.name
+        self.chats = endpoint.card.kind == "chat"
+        # What has no step to be picked for is in no tier that could be compared with the other.
+        self.tier = endpoint.card.tier if self.chats else "none"
         self.input = metrics.model_tokens.labels(name, "input")
         self.cached = metrics.model_tokens.labels(name, "cached")
         self.output = metrics.model_tokens.labels(name, "output")
-        self.cost = metrics.model_cost.labels(name, endpoint.card.tier)
+        self.cost = metrics.model_cost.labels(name, self.tier)
         self.open = metrics.breaker_open.labels(name)
         self._metrics = metrics
         self._calls: dict[tuple[str, str, bool], Counter] = {}
@@ -91,7 +100,7 @@ class _Model:
         if found is None:
             found = self._calls[key] = self._metrics.model_calls.labels(
                 self.endpoint.name,
-                self.endpoint.card.tier,
+                self.tier,
                 kind,
                 outcome,
                 "yes" if held_out else "no",
@@ -193,12 +202,13 @@ class Router:
             name != model and name not in lost and self._is_there(name) for name in route.candidates
         )
 
-    def can_escalate(self, route: Route | None, model: str) -> bool:
-        """Return whether a step whose answer by ``model`` is no good can go to the next tier."""
+    def can_escalate(self, route: Route | None, model: str, lost: Sequence[str] = ()) -> bool:
+        """Return whether a step whose answer by ``model`` is no good can go to the next tier, to a
+        model that is not ``lost`` to the step."""
         if route is None or not self._settings.routing.escalate or self._tier(model) == "large":
             return False
-        others = (name for name in route.candidates if self._tier(name) == "large")
-        return any(map(self._is_there, others))
+        larger = [name for name in route.candidates if self._tier(name) == "large"]
+        return any(name not in lost and self._is_there(name) for name in larger)
 
     def _tier(self, model: str) -> str:
         return self._models[model].endpoint.card.tier
@@ -243,6 +253,17 @@ class Router:
         found = self._models.get(model)
         return 0.0 if found is None else found.breaker.wait_s(self._clock.monotonic())
 
+    def spare_s(self, model: str, share: float) -> float:
+        """Return the time after which a call that can wait may look again: 0 if the model may be
+        called now, and runs less than ``share`` of what it may run for this host."""
+        found = self._models.get(model)
+        if found is None:
+            return 0.0
+        most = found.endpoint.card.max_concurrent
+        if most is not None and found.running >= share * most:
+            return _CROWDED_S
+        return self._away_s(found, self._clock.monotonic())
+
     def away(self, model: str, wait_s: float) -> ModelError:
         """Return the error for a model that may only be called after ``wait_s``: it failed, or it
         said that it was called too often."""
@@ -253,6 +274,7 @@ class Router:
             f"{why or 'it is rate limited: it takes no more calls for now'}",
             model=model,
             retry_after_s=wait_s,
+            unsent=True,
         )
 
     def begin(self, model: str, route: Route | None) -> Attempt:
@@ -272,7 +294,7 @@ class Router:
         twice as long each time; jittered, so that those who failed together do not return so."""
         asked_s = float(error.fields.get("retry_after_s") or 0.0)
         usual_s = _FIRST_BACKOFF_S * 2.0**failures * self._rng.uniform(0.5, 1.5)
-        return min(max(asked_s * self._rng.uniform(1.0, 1.1), usual_s), _LONGEST_BACKOFF_S)
+        return max(asked_s * self._rng.uniform(1.0, 1.1), min(usual_s, _LONGEST_BACKOFF_S))
 
     # Health
 
@@ -290,6 +312,11 @@ class Router:
 
     # What attempts tell
 
+    def found_back(self, model: _Model) -> None:
+        """Close the breaker of a model whose probe speaks. For ``Attempt``."""
+        model.breaker.succeeded(self._clock.monotonic(), probe=True)
+        model.open.set(model.breaker.opened)
+
     def settle(
         self, attempt: Attempt, outcome: str, usage: Usage, error: ModelError | None
     ) -> float:
@@ -301,7 +328,10 @@ class Router:
         self._tell_breaker(attempt, outcome, error, now)
         if model.breaker.opened != was_open:
             model.open.set(model.breaker.opened)
-        kind, held_out = (route.kind, route.held_out) if route else ("answer", False)
+        if model.chats:
+            kind, held_out = (route.kind, route.held_out) if route else ("answer", False)
+        else:
+            kind, held_out = "embedding", False
         model.calls(kind, outcome, held_out).inc()
         seconds = now - attempt.began_at
         spent = cost(model.endpoint.card.price, usage, seconds)
@@ -311,7 +341,7 @@ class Router:
             model.cached.inc(usage.cached_tokens)
         if spent:
             model.cost.inc(spent)
-        if outcome == "answered" and self._always_large is not None:
+        if outcome == "answered" and model.chats and self._always_large is not None:
             large = cost(self._always_large.price, usage, seconds)
             if large:
                 self._metrics.always_large_cost.inc(large)
@@ -326,7 +356,8 @@ class Router:
             breaker.succeeded(now, probe=probe)
         elif isinstance(error, ModelRateLimitedError):
             asked_s = error.fields.get("retry_after_s")
-            breaker.limited(now, _LIMITED_S if asked_s is None else float(asked_s), probe=probe)
+            limited_s = _LIMITED_S if asked_s is None else min(float(asked_s), _LONGEST_LIMIT_S)
+            breaker.limited(now, limited_s, probe=probe)
         elif error is not None and (error.retryable or error.fields.get("status") in _ELSEWHERE):
             was_open = breaker.opened
             breaker.failed(now, _why(error), probe=probe)
@@ -355,12 +386,21 @@ class Attempt:
         self._settled = False
         model.running += 1
 
+    def spoke(self) -> None:
+        """The first token is there: a probe has found its model back, however long it goes on."""
+        if self.probe:
+            self.probe = False
+            self._router.found_back(self.model)
+
     def answered(self, usage: Usage, *, rejected: bool = False) -> float:
         """The answer is whole; ``rejected`` says that it failed the step's checks."""
         return self._end("rejected" if rejected else "answered", usage, None)
 
     def lost(self, error: ModelError, usage: Usage = Usage()) -> float:
-        """The call failed; ``usage`` is what it used as far as that is known."""
+        """The call failed; ``usage`` is what it used as far as that is known. One that its caller
+        had no more time for is one that was given up."""
+        if error.fields.get("out_of_time"):
+            return self.cancelled(usage)
         return self._end("lost", usage, error)
 
     def cancelled(self, usage: Usage = Usage()) -> float:

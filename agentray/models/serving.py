@@ -262,7 +262,10 @@ def health_of(report: AppReport | None, *, on_demand: bool) -> ModelHealth:
         return ModelHealth(False, f"it is loading again, the last try failed: {cause}")
     if on_demand and report.status == "RUNNING":
         return ModelHealth(True, "it has no replica until it is called")
-    return ModelHealth(False, "it is loading")
+    # What Serve waits for, e.g. an accelerator that the cluster does not have.
+    waits = next((text.strip() for text in report.messages if text.strip()), "")
+    told = " ".join(waits.split())[:_REASON_CHARS]
+    return ModelHealth(False, f"it is loading: {told}" if told else "it is loading")
 
 
 def _cause(messages: Sequence[str]) -> str | None:
@@ -296,11 +299,6 @@ class ServedModels:
         self._reports = reports
         self._poll_s = poll_s
         self._health = {name: health_of(None, on_demand=False) for name in settings.serve}
-
-    @property
-    def all(self) -> Mapping[str, ModelHealth]:
-        """The health of each model that agentray serves, by name."""
-        return self._health
 
     def health(self, name: str) -> ModelHealth:
         """Return the health of a model; one that agentray does not serve is healthy here."""

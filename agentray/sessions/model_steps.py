@@ -23,7 +23,7 @@ from agentray.events import (
     TurnError,
 )
 from agentray.memory.window import assemble
-from agentray.models.base import ModelCaller, ModelProgress, ModelRequest
+from agentray.models.base import Bill, ModelCaller, ModelProgress, ModelRequest
 from agentray.models.checks import output_problem, tool_calls_problem
 from agentray.models.router import Router, may_succeed_elsewhere
 from agentray.sessions.actor import SessionActor
@@ -39,6 +39,7 @@ from agentray.sessions.state import (
 )
 from agentray.sessions.steps import (
     after_lost_call,
+    may_go_on,
     output_schema,
     shown_window,
     step_of,
@@ -131,10 +132,12 @@ class ModelSteps:
         called_seq = hub.called_seq
         self._tails.begin(actor.tenant, actor.id, hub)
         error: ModelError | None = None
+        bill = Bill()
         withheld: list[str] = []
         try:
             with actor.allow_interrupt():
-                stream = self._models.stream(self._request(actor, turn, agent))
+                request = replace(self._request(actor, turn, agent), bill=bill)
+                stream = self._models.stream(request)
                 async with aclosing(cast("AsyncGenerator[ModelProgress]", stream)):
                     async for progress in stream:
                         if hub.called_seq != called_seq:
@@ -158,15 +161,16 @@ class ModelSteps:
         text = turn.text + hub.text
         if final is not None:
             if final.problem is not None:
-                return await self._rejected(actor, turn, text, final)
+                return await self._rejected(actor, turn, text, final, "".join(withheld))
             return self._finished(actor, turn, text, final)
         if actor.cancel_requested:
-            if text:
-                self._void(actor, "cancelled", text)
+            cost = bill.cost + float(error.fields.get("cost") or 0.0 if error else 0.0)
+            if text or cost:
+                self._void(actor, "cancelled", text, cost=cost)
                 await self._flush(actor)
             return (CANCELLED,)
         if error is None:
-            error = ModelError("the call ended without an answer")
+            error = ModelError("the call ended without an answer", cost=bill.cost)
         return await self._lost(actor, turn, text, error, progressed=bool(hub.text))
 
     async def recover(self, actor: SessionActor, command: RecoverModel) -> tuple[Command, ...]:
@@ -174,7 +178,9 @@ class ModelSteps:
         turn = actor.turn
         tail = await self._wire.read_tail(tail_key(actor.tenant, actor.id, command.called_seq))
         text = turn.text + (tail or b"").decode()
-        return self._void(actor, OWNER_LOST, text, continues=self._may_continue(turn))
+        # Of two models that were called, nobody knows which one spoke.
+        continues = self._may_continue(turn) and not turn.hedged
+        return self._void(actor, OWNER_LOST, text, continues=continues)
 
     # The request
 
@@ -214,7 +220,7 @@ class ModelSteps:
         if schema == {"type": "object"}:
             # What strict schemas have to say, this one does not.
             return b'{"type":"json_object"}'
-        form = turn.options.output_form or {"name": "answer", "strict": True}
+        form = turn.options.output_form or {"name": "answer"}
         form = {**form, "schema": schema}
         return msgspec.json.encode({"type": "json_schema", "json_schema": form})
 
@@ -266,12 +272,15 @@ class ModelSteps:
         turn: Turn,
         text: str,
         final: ModelProgress,
+        withheld: str,
     ) -> tuple[Command, ...]:
         """Let the next tier try, once. Without one, a bad tool call is answered by its problem,
         which the model may mend; an answer in the wrong form ends the turn."""
         model = final.model or turn.model
         log.info("answer_rejected", session=actor.id, turn=turn.id, model=model)
-        if not turn.escalated and self._router.can_escalate(actor.route, model):
+        has_time = may_go_on(turn, final.cost, self._clock.now(), actor.rules)
+        next_tier = self._router.can_escalate(actor.route, model, turn.lost)
+        if next_tier and has_time and not turn.escalated:
             self._metrics.escalations.labels(model).inc()
             commands = self._void(
                 actor, REJECTED, text, escalates=True, model=final.model, cost=final.cost
@@ -279,7 +288,7 @@ class ModelSteps:
             await self._flush(actor)
             return commands
         if final.tool_calls:
-            return self._finished(actor, turn, text, final)
+            return self._finished(actor, turn, text + withheld, final)
         error = TurnError("output_invalid", f"model {model!r}: {final.problem}")
         return actor.record(
             ModelFailed(
@@ -310,7 +319,7 @@ class ModelSteps:
         asked_s = float(error.fields.get("retry_after_s") or 0.0)
         in_time = elsewhere or asked_s < time_left_s(turn, actor.rules, self._clock.now())
         empty = bool(error.fields.get("empty")) and not turn.escalated
-        escalates = empty and self._router.can_escalate(route, model)
+        escalates = empty and self._router.can_escalate(route, model, turn.lost)
         event = after_lost_call(
             turn,
             error=TurnError(error.code, error.message),
@@ -322,6 +331,7 @@ class ModelSteps:
             cost=float(error.fields.get("cost") or 0.0),
             now=self._clock.now(),
             rules=actor.rules,
+            unsent=bool(error.fields.get("unsent")) and elsewhere,
         )
         log.info("model_call_lost", session=actor.id, turn=turn.id, code=error.code, model=model)
         self._metrics.model_errors.labels(error.code).inc()

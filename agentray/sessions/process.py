@@ -73,13 +73,15 @@ class OwnerProcess:
         self.metrics = Metrics()
         self.catalog = Catalog(settings.models, models_url)
         self._client = ModelClient(self.catalog, settings.models)
-        self._served = ServedModels(settings.models)
+        # A process for each dedicated session would ask Serve's one controller too often; there, a
+        # model that does not answer is found out by calling it.
+        self._served = ServedModels(settings.models) if placement == "shared" else None
         self.router = Router(
             self.catalog,
             settings.models,
             clock=clock,
             metrics=self.metrics,
-            served_health=self._served.health,
+            served_health=self._served.health if self._served is not None else None,
         )
         self.store = PostgresStore(
             settings.postgres.url.get_secret_value(), settings.postgres, term_s=sessions.term_s
@@ -209,7 +211,7 @@ class OwnerProcess:
             self._recovery.run(),
             self._listen(),
             self._exposition.run(),
-            self._served.run(),
+            *([self._served.run()] if self._served is not None else []),
         ):
             task = loop.create_task(loop_body)
             task.add_done_callback(self._ended)

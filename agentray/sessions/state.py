@@ -108,8 +108,10 @@ class Turn(msgspec.Struct, frozen=True):
     step's voided attempts left to be continued, ``partial`` what they had streamed in any case.
     ``failures`` counts attempts of this step that models lost, ``lost`` names those models, and
     ``takeovers`` counts those of owners since something was last settled. ``model`` is the one
-    that was called last, ``overflowed`` the one whose context window was too short for this turn.
-    The step began at ``step_at`` and cost ``step_cost`` US dollars so far, the turn ``cost``.
+    that was called last, ``hedged`` if another one may have answered in its place, ``overflowed``
+    the one whose context window was too short for this turn. ``escalated``: an answer of this step
+    failed its checks. The step began at ``step_at`` and cost ``step_cost`` US dollars so far, the
+    turn ``cost``.
     """
 
     id: str
@@ -133,6 +135,7 @@ class Turn(msgspec.Struct, frozen=True):
     lost: tuple[str, ...] = ()
     overflowed: str | None = None
     escalated: bool = False
+    hedged: bool = False
     step_at: float = 0.0
     step_cost: float = 0.0
     cost: float = 0.0
@@ -264,6 +267,7 @@ def _model_called(turn: Turn, event: ModelCalled, rules: Rules) -> tuple[Turn, t
             attempt=event.attempt,
             called_seq=event.seq,
             model=event.model,
+            hedged=event.route is not None and event.route.hedge is not None,
             step_at=step_at,
         ),
         _RUN,
@@ -280,7 +284,7 @@ def _model_voided(turn: Turn, event: ModelVoided, rules: Rules) -> tuple[Turn, t
         phase="accepted",
         text=event.text if event.continues else "",
         partial=event.text,
-        failures=turn.failures + by_model,
+        failures=turn.failures + (by_model and not event.unsent),
         model=model,
         lost=(*turn.lost, model) if by_model and not event.continues else turn.lost,
         overflowed=model if overflowed else turn.overflowed,
@@ -311,6 +315,7 @@ def _model_finished(
         usage=turn.usage + event.usage,
         model=event.model or turn.model,
         lost=(),
+        escalated=False,
         step_cost=0.0,
         cost=turn.cost + event.cost,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from agentray.config.settings import AgentSettings
 from agentray.events import ModelFailed, ModelVoided, TurnError
 from agentray.models.policies import Step, difficulty, step_kind
+from agentray.models.usage import prompt_bytes
 from agentray.sessions.state import CONTEXT_LENGTH, Rules, SessionState, Turn
 
 __all__ = [
@@ -47,9 +48,8 @@ def step_of(
     schema = output_schema(turn, agent) is not None
     kind = step_kind(asked, step=turn.step, tools=bool(tools), output_schema=schema)
     window = state.window
-    size = sum(map(len, window)) + sum(map(len, turn.messages)) + len(turn.text)
+    size = prompt_bytes(window) + prompt_bytes(turn.messages) + len(turn.text)
     size += len(agent.instructions)
-    first_attempt = turn.attempt == 0
     cap = rules.step_cost_cap
     return Step(
         kind=kind,
@@ -67,7 +67,7 @@ def step_of(
         allowed=() if turn.options.model else agent.models,
         preferred=preferred,
         # The results of tools go to the model that has seen the ones before.
-        kept=turn.model if turn.step > 2 and first_attempt else None,
+        kept=turn.model if turn.step > 2 and turn.model not in turn.lost else None,
         goes_on=turn.model if turn.text else None,
         lost=turn.lost,
         overflowed=turn.overflowed,
@@ -86,6 +86,13 @@ def shown_window(window: Sequence[bytes], turn: Turn, model: str) -> Sequence[by
     """Return the past turns that are shown to a model: the younger half to one whose context
     window was too short for all of them."""
     return window[(len(window) + 1) // 2 :] if turn.overflowed == model else window
+
+
+def may_go_on(turn: Turn, cost: float, now: float, rules: Rules) -> bool:
+    """Return whether the step has time and money for another call behind one that cost ``cost``."""
+    cap = rules.step_cost_cap
+    late = now - turn.step_at >= rules.step_timeout_s
+    return not late and (cap is None or turn.step_cost + cost < cap)
 
 
 def time_left_s(turn: Turn, rules: Rules, now: float) -> float:
@@ -113,6 +120,7 @@ def after_lost_call(
     cost: float,
     now: float,
     rules: Rules,
+    unsent: bool = False,
 ) -> ModelVoided | ModelFailed:
     """Return the event of an attempt that a model lost: voided to try again, or failed.
 
@@ -123,7 +131,7 @@ def after_lost_call(
     event's ``seq`` is for the caller to set.
     """
     at = {"step": turn.step, "attempt": turn.attempt, "turn_id": turn.id, "seq": 0, "at": now}
-    again = may_pass and turn.failures + 1 < rules.model_attempts
+    again = may_pass and (unsent or turn.failures + 1 < rules.model_attempts)
     if error.code == CONTEXT_LENGTH:
         again = turn.overflowed is None
         continues = False
@@ -141,6 +149,7 @@ def after_lost_call(
             reason=error.code,
             text=text,
             continues=continues and bool(text),
+            unsent=unsent,
             cost=cost,
         )
     return ModelFailed(**at, error=error, text=text, cost=cost)  # type: ignore[arg-type]

@@ -190,9 +190,12 @@ class BatchWork(Protocol):
     runner's own; work whose lease is over may be taken by any other.
     """
 
-    async def open_batches(self, limit: int) -> list[BatchRow]:
-        """Return batches that have not ended, of all tenants: the oldest first, and before them
-        those that are not in progress."""
+    async def open_batches(self, limit: int, *, resting: Sequence[str] = ()) -> list[BatchRow]:
+        """Return batches that there is something to do for, of all tenants, the oldest first: at
+        most ``limit`` of each kind of work, so that none waits behind another kind.
+
+        Those in progress have a line that is due, and are not among ``resting``.
+        """
         ...
 
     async def claim_batch(self, tenant: str, batch_id: str, by: str, *, lease_s: float) -> bool:
@@ -222,16 +225,19 @@ class BatchWork(Protocol):
         """Take lines that are due and nobody's; none of a batch that may not run (any more)."""
         ...
 
-    async def renew_lines(self, by: str, *, lease_s: float) -> None:
-        """Extend the leases of all lines that a runner has."""
+    async def renew_lines(self, by: str, lines: Sequence[ClaimedLine], *, lease_s: float) -> None:
+        """Extend the leases of lines, as far as they are this runner's (still)."""
         ...
 
     async def give_back(self, by: str) -> None:
         """End all leases of a runner now, of lines and of a validation."""
         ...
 
-    async def put_off(self, line: ClaimedLine, by: str, delay_s: float) -> None:
-        """Give a line back, to be taken again after a while."""
+    async def put_off(
+        self, line: ClaimedLine, by: str, delay_s: float, *, counts: bool = True
+    ) -> None:
+        """Give a line back, to be taken again after a while; ``counts`` says whether this was one
+        of its attempts."""
         ...
 
     async def record(

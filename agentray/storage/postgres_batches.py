@@ -1,4 +1,4 @@
-"""Files and batches on PostgreSQL, in a pool of their own: sessions never wait for them."""
+"""Files and batches on PostgreSQL, over few connections that sessions never wait for."""
 
 from __future__ import annotations
 
@@ -24,21 +24,31 @@ from agentray.storage.batches import (
 )
 from agentray.storage.postgres_pool import new_pool, run, translated
 
-__all__ = ["PIECE_BYTES", "PostgresBatches"]
+__all__ = ["DOOR_CONNECTIONS", "PIECE_BYTES", "RUNNER_CONNECTIONS", "PostgresBatches"]
 
 PIECE_BYTES = 256 * 1024
 """About how large the pieces are that files are stored in."""
+
+DOOR_CONNECTIONS = 3
+"""Connections of one host to PostgreSQL for what its clients ask of files and batches."""
+
+RUNNER_CONNECTIONS = 2
+"""And those for running batches, which no upload may hold up."""
 
 # Of a transaction that moves a whole file.
 _LONG_S = 600.0
 
 
 class PostgresBatches:
-    """``FileStore``, ``BatchBook`` and ``BatchWork``. It connects when it is first used."""
+    """``FileStore``, ``BatchBook`` and ``BatchWork``. It connects when it is first used, at most
+    ``connections`` times; one of them is never held by moving a file."""
 
-    def __init__(self, url: str, settings: PostgresSettings) -> None:
+    def __init__(
+        self, url: str, settings: PostgresSettings, connections: int = DOOR_CONNECTIONS
+    ) -> None:
         self._settings = settings
-        self._pool = new_pool(url, settings, settings.pool_size, least=0)
+        self._pool = new_pool(url, settings, connections, least=0)
+        self._files = asyncio.Semaphore(connections - 1)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -62,6 +72,7 @@ class PostgresBatches:
         async with (
             translated(),
             asyncio.timeout(_LONG_S),
+            self._files,
             self._pool.connection() as connection,
             connection.transaction(),
         ):
@@ -164,12 +175,8 @@ class PostgresBatches:
 
     # Batches, for those who run them
 
-    async def open_batches(self, limit: int) -> list[BatchRow]:
-        rows = await self._rows(
-            f"{sql.BATCH} WHERE b.status IN ('validating', 'in_progress', 'finalizing',"
-            " 'cancelling') ORDER BY b.status = 'in_progress', b.created_at LIMIT %s",
-            [limit],
-        )
+    async def open_batches(self, limit: int, *, resting: Sequence[str] = ()) -> list[BatchRow]:
+        rows = await self._rows(sql.OPEN, {"limit": limit, "resting": list(resting)})
         return [_batch(row) for row in rows]
 
     async def claim_batch(self, tenant: str, batch_id: str, by: str, *, lease_s: float) -> bool:
@@ -211,15 +218,25 @@ class PostgresBatches:
         lines = [ClaimedLine(**row) for row in rows]
         return sorted(lines, key=lambda line: line.number)
 
-    async def renew_lines(self, by: str, *, lease_s: float) -> None:
-        await self._rows(sql.RENEW, [lease_s, by])
+    async def renew_lines(self, by: str, lines: Sequence[ClaimedLine], *, lease_s: float) -> None:
+        params = {
+            "by": by,
+            "lease_s": lease_s,
+            "tenants": [line.tenant for line in lines],
+            "batches": [line.batch_id for line in lines],
+            "numbers": [line.number for line in lines],
+        }
+        await self._rows(sql.RENEW, params)
 
     async def give_back(self, by: str) -> None:
         for statement in sql.GIVE_BACK:
             await self._rows(statement, [by])
 
-    async def put_off(self, line: ClaimedLine, by: str, delay_s: float) -> None:
-        await self._rows(sql.PUT_OFF, [delay_s, line.tenant, line.batch_id, line.number, by])
+    async def put_off(
+        self, line: ClaimedLine, by: str, delay_s: float, *, counts: bool = True
+    ) -> None:
+        which = [line.tenant, line.batch_id, line.number, by]
+        await self._rows(sql.PUT_OFF, [0 if counts else 1, delay_s, *which])
 
     async def record(
         self, line: ClaimedLine, *, succeeded: bool, result: bytes, usage: LineUsage

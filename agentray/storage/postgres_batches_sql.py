@@ -26,6 +26,7 @@ __all__ = [
     "FINALIZE",
     "GIVE_BACK",
     "LOCK_ENDING",
+    "OPEN",
     "PUT_OFF",
     "RECORD",
     "RENEW",
@@ -105,6 +106,23 @@ BATCH = f"""
     FROM batches b
 """
 
+# What there is to do for batches that have not ended.
+_WORK = (
+    "o.status = 'validating' AND (o.leased_until IS NULL OR o.leased_until <= now())",
+    "o.status = 'finalizing'",
+    "o.status = 'cancelling'",
+    "o.status IN ('validating', 'in_progress') AND o.expires_at <= now()",
+    "o.status = 'in_progress' AND o.completed + o.failed >= o.total",
+    """o.status = 'in_progress' AND o.id <> ALL(%(resting)s::text[]) AND EXISTS (
+        SELECT 1 FROM batch_lines l WHERE l.tenant = o.tenant AND l.batch_id = o.id
+        AND l.result IS NULL AND l.due_at <= now())""",
+)
+_OF_EACH = " UNION ALL ".join(
+    f"(SELECT o.tenant, o.id FROM batches o WHERE {work} ORDER BY o.created_at LIMIT %(limit)s)"
+    for work in _WORK
+)
+OPEN = f"{BATCH} WHERE (b.tenant, b.id) IN ({_OF_EACH}) ORDER BY b.created_at"
+
 CREATE_BATCH = """
     INSERT INTO batches
         (tenant, id, input_file_id, endpoint, metadata, expires_at, output_ttl_s)
@@ -180,7 +198,11 @@ CLAIM_LINES = """
 """
 
 RENEW = """
-    UPDATE batch_lines SET due_at = now() + make_interval(secs => %s) WHERE claimed_by = %s
+    UPDATE batch_lines l SET due_at = now() + make_interval(secs => %(lease_s)s)
+    FROM unnest(%(tenants)s::text[], %(batches)s::text[], %(numbers)s::int[])
+        AS r(tenant, batch_id, number)
+    WHERE l.tenant = r.tenant AND l.batch_id = r.batch_id AND l.number = r.number
+    AND l.claimed_by = %(by)s
 """
 
 GIVE_BACK = (
@@ -192,7 +214,8 @@ GIVE_BACK = (
 )
 
 PUT_OFF = """
-    UPDATE batch_lines SET claimed_by = NULL, due_at = now() + make_interval(secs => %s)
+    UPDATE batch_lines SET claimed_by = NULL, attempts = attempts - %s,
+        due_at = now() + make_interval(secs => %s)
     WHERE tenant = %s AND batch_id = %s AND number = %s AND claimed_by = %s
 """
 

@@ -42,7 +42,7 @@ class Metrics:
         self.model_calls = Counter(
             "agentray_model_calls",
             "Model calls of steps, by how they ended: answered, lost, rejected (the answer failed"
-            " its checks), cancelled.",
+            " its checks), cancelled. Embeddings are a kind of their own, in the tier none.",
             ["model", "tier", "kind", "outcome", "held_out"],
             registry=r,
         )

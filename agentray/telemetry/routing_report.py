@@ -37,8 +37,8 @@ class Sample(Protocol):
 
 
 class TierLine(msgspec.Struct, frozen=True):
-    """A tier: its share of all calls, and of its calls that ended by themselves those that gave
-    an answer that was taken. Shares of nothing are None."""
+    """A tier: its share of the calls of both tiers, and of its calls that ended by themselves those
+    that gave an answer that was taken. Shares of nothing are None."""
 
     tier: str
     calls: int
@@ -47,7 +47,8 @@ class TierLine(msgspec.Struct, frozen=True):
 
 
 class ModelLine(msgspec.Struct, frozen=True):
-    """A model. ``input_tokens`` are those that it did not have in its cache; dollars are US."""
+    """A model; one for embeddings has no tier. ``input_tokens`` are those that it did not have in
+    its cache; dollars are US."""
 
     model: str
     tier: str
@@ -87,7 +88,8 @@ class HeldOut(msgspec.Struct, frozen=True):
 
 
 class CostLine(msgspec.Struct, frozen=True):
-    """What all calls cost, and what the answered ones would have on the large model alone."""
+    """What the calls of both tiers cost, and what the answered ones would have on the large model
+    alone."""
 
     dollars: float
     always_large_dollars: float
@@ -128,6 +130,10 @@ class _Sums:
         wanted = labels.items()
         return sum(value for found, value in self._found if wanted <= found.items())
 
+    def of_steps(self, **labels: str) -> float:
+        # Embeddings are in no tier.
+        return sum(self.of(**labels, tier=tier) for tier in _TIERS)
+
     def values(self, label: str) -> list[str]:
         return sorted({found[label] for found, _ in self._found if label in found})
 
@@ -148,7 +154,7 @@ def routing_report(samples: Iterable[Sample]) -> RoutingReport:
     calls = _Sums(samples, "agentray_model_calls_total")
     cost = _Sums(samples, "agentray_model_cost_dollars_total")
     escalations = _Sums(samples, "agentray_escalations_total")
-    spent = cost.of()
+    spent = cost.of_steps()
     always_large = _Sums(samples, "agentray_always_large_cost_dollars_total").of()
     return RoutingReport(
         calls=int(calls.of()),
@@ -173,7 +179,7 @@ def routing_report(samples: Iterable[Sample]) -> RoutingReport:
 
 def _tier(calls: _Sums, tier: str) -> TierLine:
     count = calls.of(tier=tier)
-    return TierLine(tier, int(count), _share(count, calls.of()), calls.success(tier=tier))
+    return TierLine(tier, int(count), _share(count, calls.of_steps()), calls.success(tier=tier))
 
 
 def _models(calls: _Sums, cost: _Sums, tokens: _Sums) -> list[ModelLine]:
@@ -198,7 +204,8 @@ def _models(calls: _Sums, cost: _Sums, tokens: _Sums) -> list[ModelLine]:
 
 def _kind(calls: _Sums, kind: str) -> KindLine:
     count = calls.of(kind=kind)
-    return KindLine(kind, int(count), _share(calls.of(kind=kind, tier="small"), count))
+    small = calls.of(kind=kind, tier="small")
+    return KindLine(kind, int(count), _share(small, calls.of_steps(kind=kind)))
 
 
 def _cache(results: _Sums) -> CacheLine:

@@ -14,9 +14,10 @@ from psycopg import AsyncConnection
 
 from agentray.clock import SystemClock
 from agentray.config.settings import BatchSettings, PostgresSettings
+from agentray.errors import StorageError, StorageUnavailableError
 from agentray.ids import new_batch_id, new_file_id
 from agentray.models.batch import BatchRunner, Reply
-from agentray.storage.batches import BatchRow
+from agentray.storage.batches import BatchRow, ClaimedLine
 from agentray.storage.postgres_batches import PostgresBatches
 from tests.services import Services, until
 
@@ -317,12 +318,10 @@ async def test_what_is_overdue_is_kept_and_the_rest_is_named(
         batch_id = await order(batches, 5)
 
         async def tried() -> bool:
-            cursor = await other.execute(
-                "SELECT count(*) FROM batch_lines WHERE attempts > 0 AND claimed_by IS NULL"
-            )
-            return await cursor.fetchone() == (5,)
+            cursor = await other.execute("SELECT count(result), count(claimed_by) FROM batch_lines")
+            return await cursor.fetchone() == (3, 0)
 
-        await until(tried, "each line was tried")
+        await until(tried, "three lines were answered, and one was put off")
         await other.execute("UPDATE batches SET expires_at = now()")
         row = await becomes(batches, batch_id, "expired")
     output, errors = await ended(batches, row)
@@ -406,6 +405,159 @@ async def test_a_result_waits_for_a_store_that_is_away(
         row = await becomes_after_outage(batches, batch_id)
     await ended(batches, row)
     assert asked == {0: 1, 1: 1}
+
+
+class Lossy(PostgresBatches):
+    """A store that fails as a test tells it to."""
+
+    claims_lost = 0
+    unending: str | None = None
+    pieces_left: int | None = None
+
+    async def claim_lines(self, *about: Any, **how: Any) -> list[ClaimedLine]:
+        lines = await super().claim_lines(*about, **how)
+        if lines and self.claims_lost:
+            self.claims_lost -= 1
+            raise StorageUnavailableError("it took them, and its answer was lost")
+        return lines
+
+    async def finish_batch(self, tenant: str, batch_id: str, *about: Any, **how: Any) -> bool:
+        if batch_id == self.unending:
+            raise StorageError("it refused")
+        return await super().finish_batch(tenant, batch_id, *about, **how)
+
+    async def read_piece(self, tenant: str, file_id: str, number: int) -> bytes | None:
+        if self.pieces_left is not None and number >= self.pieces_left:
+            return None
+        return await super().read_piece(tenant, file_id, number)
+
+
+@pytest.fixture
+async def lossy(services: Services) -> AsyncIterator[Lossy]:
+    store = Lossy(services.postgres.url, PostgresSettings())
+    yield store
+    await store.close()
+
+
+async def test_lines_whose_claim_was_lost_are_run_while_others_are_renewed(lossy: Lossy) -> None:
+    go = asyncio.Event()
+    asked: set[int] = set()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        asked.add(body["n"])
+        if body["n"] == 4:
+            await go.wait()
+        return await well(body)
+
+    lossy.claims_lost = 1
+    async with running(lossy, answer, lease_s=0.3):
+        batch_id = await order(lossy, 5)
+
+        async def all_asked() -> bool:
+            return asked == set(range(5))
+
+        await until(all_asked, "lines of the lost claim are run beside the one that takes long")
+        go.set()
+        await ended(lossy, await becomes(lossy, batch_id, "completed"))
+
+
+async def test_a_line_that_breaks_its_runner_is_tried_again_and_not_for_ever(
+    batches: PostgresBatches, other: AsyncConnection[Any]
+) -> None:
+    asked: Counter[int] = Counter()
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        asked[body["n"]] += 1
+        if body["n"] == 0:
+            raise RuntimeError
+        if body["n"] == 1:
+            return Reply(200, b"<html>")
+        return await well(body)
+
+    # No lease ends here in time.
+    async with running(batches, answer, lease_s=3_600.0):
+        batch_id = await order(batches, 3)
+
+        async def put_off() -> bool:
+            cursor = await other.execute(
+                "UPDATE batch_lines SET attempts = 9 WHERE number = 1 AND attempts = 1"
+                " AND claimed_by IS NULL RETURNING 1"
+            )
+            return await cursor.fetchone() is not None
+
+        await until(put_off, "the line that breaks is put off")
+        row = await becomes(batches, batch_id, "completed")
+    output, errors = await ended(batches, row)
+    assert set(output) == {"c1", "c2"}
+    assert output["c1"]["response"]["body"] == "<html>"
+    assert errors["c0"]["response"]["body"]["error"]["code"] == "internal_error"
+    assert asked[0] == 2
+
+
+async def test_a_model_that_is_away_is_asked_by_few_lines(batches: PostgresBatches) -> None:
+    asked = looks = 0
+
+    def is_idle() -> bool:
+        nonlocal looks
+        looks += 1
+        return True
+
+    async def away(body: dict[str, Any]) -> Reply:
+        nonlocal asked
+        asked += 1
+        return error(502, "model_unavailable")
+
+    batch_id = await order(batches, 500)
+    async with running(batches, away, idle=is_idle):
+
+        async def tried() -> bool:
+            return asked > 0
+
+        await until(tried, "lines were put off")
+        # Longer than 500 lines that are refused at once would take.
+        for _ in range(20):
+            await row_of(batches, batch_id)
+            await asyncio.sleep(0.02)
+        # A rest is half a second or more, and only then four may be asked again.
+        assert asked <= 8
+
+
+async def test_a_batch_rests_while_another_ones_model_answers(batches: PostgresBatches) -> None:
+    refused = 0
+
+    async def answer(body: dict[str, Any]) -> Reply:
+        nonlocal refused
+        if not body.get("away"):
+            return await well(body)
+        refused += 1
+        return error(429, "model_rate_limited", 60.0)
+
+    async with running(batches, answer, concurrency=1):
+        resting = await order(batches, 10, away=True)
+        await becomes(batches, resting, "in_progress")
+        await becomes(batches, await order(batches, 10), "completed")
+        assert (await row_of(batches, resting)).completed == 0
+    assert refused == 1
+
+
+async def test_a_batch_never_begins_with_a_part_of_its_input(lossy: Lossy) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"n": 0}}
+    first = json.dumps(line).ljust(99).encode() + b"\n"  # one piece, and whole lines
+    second = json.dumps({**line, "custom_id": "b"}).encode()
+    # As if the file was deleted between two pieces.
+    lossy.pieces_left = 1
+    async with running(lossy):
+        row = await becomes(lossy, await order(lossy, text=first + second), "failed")
+    assert row.errors is not None
+    assert [fault.code for fault in row.errors] == ["file_not_found"]
+
+
+async def test_a_batch_that_cannot_be_ended_holds_up_no_other(lossy: Lossy) -> None:
+    async with running(lossy):
+        lossy.unending = await order(lossy, 1)
+        await becomes(lossy, lossy.unending, "finalizing")
+        await becomes(lossy, await order(lossy, 5), "completed")
+        assert (await row_of(lossy, lossy.unending)).status == "finalizing"
 
 
 async def becomes_after_outage(store: PostgresBatches, batch_id: str) -> BatchRow:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from psycopg import AsyncConnection
 
@@ -141,6 +143,29 @@ async def test_a_file_whose_upload_breaks_off_is_not_there(
     assert await cursor.fetchone() == (0,)
 
 
+async def test_files_on_their_way_leave_a_connection_for_everything_else(
+    services: Services,
+) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        begun.set()
+        yield b"x"
+        await go.wait()
+
+    store = PostgresBatches(services.postgres.url, PostgresSettings(), 2)
+    facts: dict[str, Any] = {"purpose": "batch", "filename": "f", "ttl_s": None}
+    try:
+        names = [new_file_id() for _ in range(3)]
+        making = [asyncio.create_task(store.create_file(T, n, slow(), **facts)) for n in names]
+        await begun.wait()
+        assert await store.file(T, names[0]) is None
+        go.set()
+        assert [row.id for row in await asyncio.gather(*making)] == names
+    finally:
+        await store.close()
+
+
 async def test_files_are_listed_by_age_and_purpose(batches: PostgresBatches) -> None:
     made = sorted([await upload(batches), await upload(batches), await upload(batches)])
     output = await upload(batches, purpose="batch_output")
@@ -222,6 +247,29 @@ async def test_a_batch_that_cannot_run_says_why_and_keeps_no_lines(
     assert await batches.open_batches(10) == []
 
 
+async def test_no_batch_waits_behind_those_that_have_nothing_to_do(
+    batches: PostgresBatches, other: AsyncConnection[Any]
+) -> None:
+    taken, validating = await order(batches), await order(batches)
+    assert await batches.claim_batch(T, taken, ME, lease_s=LEASE_S)
+    busy, away, due = [await begin(batches, 1) for _ in range(3)]
+    await claim(batches, busy)
+    done, over = await begin(batches, 1), await begin(batches, 1)
+    for line in await claim(batches, done):
+        await record(batches, line)
+    cancelled = await begin(batches, 1)
+    await batches.cancel_batch(T, cancelled)
+
+    async def opened(limit: int) -> set[str]:
+        return {row.id for row in await batches.open_batches(limit, resting=[away])}
+
+    assert await opened(1) == {validating, due, done, cancelled}
+    await expire(other, over)
+    assert await opened(2) == {validating, due, done, over, cancelled}
+    await other.execute("UPDATE batch_lines SET due_at = now()")
+    assert await opened(2) == {validating, busy, due, done, over, cancelled}
+
+
 # Lines
 
 
@@ -233,11 +281,12 @@ async def test_a_line_is_one_runners_until_its_lease_ends(
     assert [line.number for line in mine] == [1, 2]
     assert [line.number for line in await claim(batches, batch_id, OTHER)] == [3]
     assert await claim(batches, batch_id, OTHER) == []
-    await batches.renew_lines(ME, lease_s=3_600.0)
+    theirs = msgspec.structs.replace(mine[0], number=3)
+    await batches.renew_lines(ME, [mine[1], theirs], lease_s=3_600.0)
     cursor = await other.execute(
-        "SELECT count(*) FROM batch_lines WHERE due_at > now() + interval '1000 s'"
+        "SELECT array_agg(number) FROM batch_lines WHERE due_at > now() + interval '1000 s'"
     )
-    assert await cursor.fetchone() == (2,)
+    assert await cursor.fetchone() == ([2],)
     await other.execute("UPDATE batch_lines SET due_at = now() WHERE claimed_by = %s", [ME])
     again = await claim(batches, batch_id, OTHER)
     assert [(line.number, line.attempts) for line in again] == [(1, 2), (2, 2)]
@@ -260,6 +309,9 @@ async def test_a_line_that_was_put_off_waits_behind_the_others(
     await batches.put_off(first, ME, 60.0)
     assert [line.number for line in await claim(batches, batch_id)] == [2]
     await other.execute("UPDATE batch_lines SET due_at = now() WHERE number = 1")
+    [again] = await claim(batches, batch_id)
+    assert (again.number, again.attempts) == (1, 2)
+    await batches.put_off(again, ME, 0.0, counts=False)
     [again] = await claim(batches, batch_id)
     assert (again.number, again.attempts) == (1, 2)
 

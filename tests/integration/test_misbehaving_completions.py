@@ -140,6 +140,7 @@ BREAKS: dict[str, Steps] = {
     "turns malformed": [part(b"data: {broken\n\n"), HANG],
     "breaks off within an event": [part(b'data: {"id":"c1","choi'), CLOSE],
     "an error in its stream": [part(b"data: " + error_body(message="oops", code=500) + b"\n\n")],
+    "gives its answer up": [chunk({}, "abort"), DONE, END],
 }
 
 

@@ -92,12 +92,13 @@ def test_streams_outlive_a_reload_and_silence_for_as_long_as_a_turn_may_take() -
 def test_the_wrapper_of_haproxy_knows_every_model_that_is_served_here() -> None:
     served = {
         "tiny": {"source": "m"},
-        "big": {"source": "m", "min_replicas": 0, "affinity": "prefix"},
+        "big": {"source": "m", "affinity": "prefix"},
+        "rare": {"source": "m", "min_replicas": 0},
     }
     simulator = {"enabled": True}
     models = ModelsSettings.model_validate({"serve": served, "simulator": simulator})
     known = environment(Settings(models=models))[MODELS_VARIABLE]
-    assert known == "/models/simulator /models/tiny /models/big:routed:on-demand"
+    assert known == "/models/simulator /models/tiny /models/big:routed /models/rare:on-demand"
 
 
 def test_prompts_reach_rays_router_only_where_it_looks_into_them() -> None:

@@ -31,6 +31,14 @@ def test_a_bad_file_exits_1_with_a_line_for_each_problem_and_no_traceback(tmp_pa
     assert lines[0].startswith(f"agentray: {path}: http.prot: unknown key; did you mean port?")
 
 
+def test_a_schema_that_answers_cannot_follow_is_a_problem_of_the_file(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("agents: {a: {output_schema: {type: thing}}}\n")
+    done = run("config", "check", str(path))
+    assert done.returncode == 1
+    assert f"{path}: agents.a.output_schema: is no valid JSON schema: 'thing'" in done.stderr
+
+
 def test_the_version_is_the_packages():
     assert run("--version").stdout == f"agentray {agentray.__version__}\n"
 

@@ -240,7 +240,43 @@ def test_an_override_below_a_mistake_in_the_file_does_not_hide_it(write):
                 "expected another one"
             ),
         ),
+        (
+            "models: {serve: {m: {source: org/m, min_replicas: 0, affinity: prefix}}}",
+            (
+                "models.serve.m.affinity: found prefix; "
+                "expected session, or min_replicas of at least 1"
+            ),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(write, text, problem):
     assert problems(write(text), tools=["sql", "echo"]) == [f"FILE: {problem}"]
+
+
+def test_the_schema_of_an_agents_answers_is_checked_where_it_can_be(write):
+    path = write("agents: {a: {output_schema: {type: thing}}, b: {output_schema: {}}, c: {}}")
+
+    def schema_problem(schema):
+        return f"is no schema: {schema}" if schema else None
+
+    assert problems(path, schema_problem=schema_problem) == [
+        "FILE: agents.a.output_schema: is no schema: {'type': 'thing'}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("agent", "key"), [("model: vectors", "model"), ("models: [vectors]", "models")]
+)
+def test_an_agent_cannot_answer_with_an_embedding_model(write, agent, key):
+    path = write(
+        f"""
+        models:
+          endpoints:
+            chat: {{url: "http://h/v1"}}
+            vectors: {{url: "http://h/v1", card: {{kind: embedding}}}}
+        agents: {{a: {{{agent}}}}}
+        """
+    )
+    assert problems(path) == [
+        f"FILE: agents.a.{key}: found the unknown model 'vectors'; expected one of chat"
+    ]

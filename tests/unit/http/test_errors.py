@@ -37,3 +37,10 @@ def test_what_a_model_refuses_is_the_callers_or_the_servers_to_mend(
 def test_a_limit_says_when_to_come_back() -> None:
     limited = ModelRateLimitedError("no", retry_after_s=2.2)
     assert (b"retry-after", b"3") in headers(limited)
+
+
+def test_a_model_that_is_away_says_when_to_come_back_if_that_is_known() -> None:
+    away = ModelUnavailableError("no", retry_after_s=2.2)
+    assert status(away) == 502
+    assert (b"retry-after", b"3") in headers(away)
+    assert headers(ModelUnavailableError("no")) == []

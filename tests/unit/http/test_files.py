@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -142,6 +144,56 @@ async def test_a_name_that_no_database_takes_is_mended(http: httpx.AsyncClient) 
     name = answer.json()["filename"]
     assert len(name) == 255
     assert "\0" not in name
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-7", "none-such"])
+async def test_a_form_in_whatever_charset_is_taken_or_refused(
+    http: httpx.AsyncClient, charset: str
+) -> None:
+    purpose = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    name = FILE_PART.replace(b'"f"', b'"a+2AA-b\xff"')
+    headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    answer = await http.post(
+        "/v1/files", content=purpose + name + b"x\r\n--b--\r\n", headers=headers
+    )
+    assert answer.status_code in (200, 400)
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "invalid_request"
+
+
+async def test_half_a_character_is_no_part_of_a_name(http: httpx.AsyncClient) -> None:
+    purpose = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    name = FILE_PART.replace(b'"f"', b'"a+2AA-b"')
+    headers = {"content-type": "multipart/form-data; boundary=b; charset=utf-7"}
+    answer = await http.post(
+        "/v1/files", content=purpose + name + b"x\r\n--b--\r\n", headers=headers
+    )
+    assert (answer.status_code, answer.json()["filename"]) == (200, "a?b")
+
+
+async def test_uploads_past_those_that_may_be_at_once_are_refused(
+    app: ASGIApp, http: httpx.AsyncClient
+) -> None:
+    begun, go = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        begun.release()
+        await go.wait()
+        yield FILE_PART + b"x\r\n--b--\r\n"
+
+    async def send() -> int:
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        return (await http.post("/v1/files", content=slow(), headers=headers)).status_code
+
+    async with asyncio.timeout(10):
+        sending = [asyncio.create_task(send()) for _ in range(4)]
+        for _ in sending:
+            await begun.acquire()
+        refused = await upload(http)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        go.set()
+        assert await asyncio.gather(*sending) == [200] * 4
+        assert (await upload(http)).status_code == 200
 
 
 async def test_a_download_whose_end_is_missing_is_broken_off(

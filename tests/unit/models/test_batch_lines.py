@@ -126,6 +126,12 @@ def test_an_answer_stays_one_line_however_it_is_laid_out() -> None:
     )
 
 
+@pytest.mark.parametrize("body", [b"<html>\n\xff", b"", b"{"])
+def test_an_answer_that_is_no_json_is_a_text_in_its_line(body: bytes) -> None:
+    found = json.loads(b'{"id":"x"' + answer(BATCH, 3, 1, 502, body))
+    assert found["response"]["body"] == body.decode("utf-8", "replace")
+
+
 def test_a_line_that_was_never_asked_has_an_error_and_no_response() -> None:
     found = json.loads(b'{"id":"x"' + failure("batch_expired", "too late"))
     assert found == {
@@ -163,6 +169,17 @@ def test_a_request_for_a_stream_is_known(body: bytes, asks: bool) -> None:
         (b'{"usage": {"prompt_tokens": 1, "prompt_tokens_details": {}}}', LineUsage(1)),
         (b'{"usage": null}', LineUsage()),
         (b'{"usage": "much"}', LineUsage()),
+        (
+            b"""{"usage": {"prompt_tokens": 5, "completion_tokens": 7.5,
+                 "prompt_tokens_details": {"cached_tokens": 9},
+                 "completion_tokens_details": {"reasoning_tokens": -3}}}""",
+            LineUsage(5, 5),
+        ),
+        (
+            b'{"usage": {"prompt_tokens": 99999999999999999999, "completion_tokens": 2}}',
+            LineUsage(0, 0, 2),
+        ),
+        (b'{"usage": {"prompt_tokens": -5, "completion_tokens": 2}}', LineUsage(0, 0, 2)),
         (b"[]", LineUsage()),
     ],
 )

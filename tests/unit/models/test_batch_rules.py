@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentray.models.batch_rules import next_step, pause_s, shares, verdict
+from agentray.models.batch_rules import (
+    LONGEST_REST_S,
+    MAX_ATTEMPTS,
+    Rests,
+    next_step,
+    pause_s,
+    shares,
+    verdict,
+)
 from agentray.storage.batches import BatchRow
 
 
@@ -43,28 +52,36 @@ def test_a_batch_goes_from_status_to_status(facts: dict[str, Any], step: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "means"),
+    ("status", "code", "upstream", "means"),
     [
-        (200, None, "succeeded"),
-        (400, "model_error", "failed"),
-        (404, "model_not_found", "failed"),
-        (413, "body_too_large", "failed"),
-        (429, "overloaded", "later"),
-        (429, "model_rate_limited", "later"),
-        (500, "internal_error", "later"),
-        (502, "model_unavailable", "later"),
-        (502, "model_error", "failed"),
-        (503, "storage_unavailable", "later"),
+        (200, None, None, "succeeded"),
+        (400, "model_error", 400, "failed"),
+        (404, "model_not_found", None, "failed"),
+        (413, "body_too_large", None, "failed"),
+        (429, "overloaded", None, "later"),
+        (429, "model_rate_limited", 429, "later"),
+        (500, "internal_error", None, "again"),
+        (502, "model_unavailable", None, "later"),
+        (502, "model_unavailable", 500, "again"),
+        (502, "model_unavailable", 503, "later"),
+        (502, "model_error", 401, "again"),
+        (502, "model_error", 404, "again"),
+        (502, "model_error", 405, "failed"),
+        (502, "model_error", None, "failed"),
+        (503, "storage_unavailable", None, "later"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_nothing_else(
-    status: int, code: str | None, means: str
+    status: int, code: str | None, upstream: int | None, means: str
 ) -> None:
-    assert verdict(status, b'{"error": {"code": "%b"}}' % (code or "").encode()) == means
+    body = msgspec.json.encode({"error": {"code": code, "details": {"status": upstream}}})
+    assert verdict(status, body, 1) == means
+    assert verdict(status, body, MAX_ATTEMPTS) == ("failed" if means == "again" else means)
 
 
-def test_a_failure_that_says_nothing_may_pass() -> None:
-    assert verdict(502, b"<html>") == "later"
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"error": "x"}', b'{"error": null}'])
+def test_a_failure_that_says_nothing_may_pass(body: bytes) -> None:
+    assert verdict(502, body, 99) == "later"
 
 
 @given(st.integers(1, 10_000), st.none() | st.floats(0, 1e4), st.floats(0, 1))
@@ -93,3 +110,36 @@ def test_all_free_capacity_is_shared_as_evenly_as_it_goes(free: int, count: int,
 
 def test_one_place_goes_round() -> None:
     assert [shares(1, "abc", turn)[0][0] for turn in range(4)] == ["a", "b", "c", "a"]
+
+
+def test_a_batch_rests_longer_each_time_until_a_line_is_answered() -> None:
+    rests, now, waits = Rests(), 100.0, list[float]()
+    for _ in range(9):
+        rests.put_off("a", now, None, 1.0)
+        began = now
+        while rests.resting(now):
+            now += 0.5
+        waits.append(now - began)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    rests.put_off("a", now, None, 1.0)
+    rests.answered("a")
+    assert rests.resting(now) == []
+    rests.put_off("a", now, None, 1.0)
+    assert (rests.resting(now + 0.9), rests.resting(now + 1.0)) == (["a"], [])
+
+
+def test_lines_that_fail_together_are_one_failure_of_their_batch() -> None:
+    rests = Rests()
+    for _ in range(8):
+        rests.put_off("a", 0.0, None, 1.0)
+    assert rests.resting(0.9) == ["a"]
+    assert rests.resting(1.0) == []
+
+
+def test_a_batch_rests_as_long_as_it_was_told_and_not_for_hours() -> None:
+    rests = Rests()
+    rests.put_off("a", 0.0, 20.0, 0.0)
+    rests.put_off("b", 0.0, 3_600.0, 0.0)
+    assert rests.resting(19.9) == ["a", "b"]
+    assert rests.resting(20.0) == ["b"]
+    assert rests.resting(LONGEST_REST_S) == []

@@ -14,8 +14,8 @@ from agentray.clock import Clock, ManualClock, SystemClock
 from agentray.config.settings import ModelsSettings
 from agentray.errors import ModelError, ModelRateLimitedError, ModelUnavailableError
 from agentray.events import Route, ToolCall, Usage
-from agentray.models.base import ModelProgress, ModelRequest
-from agentray.models.cache import ResponseCache
+from agentray.models.base import Bill, ModelProgress, ModelRequest
+from agentray.models.cache import ResponseCache, request_key
 from agentray.models.calls import ModelCalls
 from agentray.models.catalog import Catalog
 from agentray.models.router import Router
@@ -60,9 +60,8 @@ class World:
             rng=random.Random(1),
         )
         time = ManualClock()
-        self.cache = ResponseCache(
-            MemoryAnswers(time), configured.cache, time, self.metrics, owner="o"
-        )
+        self.answers = MemoryAnswers(time)
+        self.cache = ResponseCache(self.answers, configured.cache, time, self.metrics, owner="o")
         cache = self.cache if cached else None
         self.calls = ModelCalls(self.router, models, configured, cache)
 
@@ -112,6 +111,28 @@ async def test_what_the_check_finds_is_told_with_the_last_of_it() -> None:
     assert world.outcomes() == {("a", "rejected"): 1}
 
 
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+@pytest.mark.parametrize("cached", [False, True])
+async def test_a_text_that_was_cut_is_not_checked_as_a_whole(reason: str, cached: bool) -> None:
+    go = asyncio.Event()
+    script = [go, whole('{"n":', reason)]
+    world = World(PlayedModels(a=[script, script]), cached=cached)
+    request = replace(COLD, check=lambda text, calls: "it is no JSON")
+    asking = [asyncio.create_task(world.ask(request)) for _ in range(2)]
+    await settled()
+    go.set()
+    for *_, last in await asyncio.gather(*asking):
+        assert (last.problem, last.finish_reason) == (None, reason)
+    # From the cache it is another's answer that both have.
+    assert world.outcomes() == {("a", "answered"): 1 if cached else 2}
+
+
+async def test_tool_calls_that_were_cut_are_checked() -> None:
+    world = World(PlayedModels(a=[[whole("", "length", ToolCall("c", "echo", "{"))]]))
+    *_, last = await world.ask(replace(REQUEST, check=lambda text, calls: "it is wrong"))
+    assert last.problem == "it is wrong"
+
+
 async def test_a_lost_call_says_what_it_cost_as_far_as_that_can_be_told() -> None:
     world = World(PlayedModels(a=[[said("x" * 4_000), broken()]]))
     with pytest.raises(ModelUnavailableError) as caught:
@@ -135,6 +156,24 @@ async def test_a_caller_that_leaves_cancels_its_call() -> None:
     assert world.outcomes() == {("a", "cancelled"): 1}
     assert world.models.closed == ["a"]
     assert world.running() == [0, 0]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+async def test_what_a_cancelled_call_cost_is_on_the_bill(cached: bool) -> None:
+    world = World(PlayedModels(a=[[said("x" * 4_000), asyncio.Event()]]), cached=cached)
+    bill = Bill()
+    async with aclosing(world.calls.stream(replace(COLD, bill=bill))) as answer:
+        await anext(answer)
+    assert bill.cost == pytest.approx((len(COLD.messages) // 4 + 1_000 * 4) / 1e6)
+
+
+async def test_what_an_answer_or_an_error_tells_is_not_on_the_bill() -> None:
+    bill = Bill()
+    world = World(PlayedModels(a=[[said("x"), whole()], [said("x" * 4_000), broken()]]))
+    await world.ask(replace(REQUEST, bill=bill))
+    with pytest.raises(ModelUnavailableError):
+        await world.ask(replace(REQUEST, bill=bill))
+    assert bill.cost == 0
 
 
 async def test_a_task_that_is_cancelled_while_it_waits_cancels_its_call() -> None:
@@ -174,13 +213,16 @@ async def test_calls_that_wait_for_a_probe_go_on_when_it_has_closed_the_breaker(
 
 
 async def test_a_probe_that_is_cancelled_makes_way_for_the_next() -> None:
-    models = PlayedModels(a=[[broken()], [said("x"), asyncio.Event()], [whole("back")]])
+    models = PlayedModels(a=[[broken()], [asyncio.Event()], [whole("back")]])
     world = World(models, clock=SystemClock(), **QUICK)
     with pytest.raises(ModelUnavailableError):
         await world.ask()
-    async with aclosing(world.calls.stream(REQUEST)) as answer:
-        await anext(answer)
-        assert world.router.wait_s("a") > 0
+    probe = asyncio.ensure_future(world.ask())
+    async with asyncio.timeout(5):
+        while len(models.called) < 2:  # noqa: ASYNC110 - the probe waits for the clock
+            await asyncio.sleep(0.001)
+    probe.cancel()
+    await asyncio.wait({probe})
     assert text_of(await world.ask()) == "back"
 
 
@@ -191,6 +233,17 @@ async def test_a_limit_is_waited_out() -> None:
         await world.ask()
     assert world.router.wait_s("a") > 0
     assert text_of(await world.ask()) == "ok"
+
+
+async def test_what_was_waited_for_a_model_its_call_has_not() -> None:
+    limited = ModelRateLimitedError("slow down", retry_after_s=0.05)
+    world = World(PlayedModels(a=[[limited], [whole("ok")]]), clock=SystemClock())
+    with pytest.raises(ModelRateLimitedError):
+        await world.ask()
+    await world.ask(replace(REQUEST, timeout_s=10.0))
+    left_s = world.models.requests[1].timeout_s
+    assert left_s is not None
+    assert 5.0 < left_s <= 9.97
 
 
 @pytest.mark.parametrize(
@@ -237,6 +290,89 @@ async def test_a_late_first_token_calls_another_model_and_the_first_to_speak_goe
     assert models.closed == ["a", "b"]
     assert not models.requests[1].patient
     assert world.running() == [0, 0]
+
+
+async def test_a_hedge_has_what_is_left_of_the_steps_time() -> None:
+    models = PlayedModels(a=[[asyncio.Event()]], b=[[whole("here")]])
+    world = World(models, routing={"hedge_after_s": 0.05})
+    await world.ask(replace(HEDGED, timeout_s=10.0))
+    left_s = models.requests[1].timeout_s
+    assert left_s is not None
+    assert 5.0 < left_s <= 9.96
+
+
+async def test_a_hedge_that_would_come_behind_the_steps_time_is_not_called() -> None:
+    speak = asyncio.Event()
+    models = PlayedModels(a=[[speak, whole("late")]])
+    world = World(models, routing={"hedge_after_s": 0.02})
+    asking = asyncio.create_task(world.ask(replace(HEDGED, timeout_s=0.01)))
+    await asyncio.wait({asking}, timeout=0.05)
+    speak.set()
+    assert text_of(await asking) == "late"
+    assert models.called == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("hedges", "cost"),
+    [
+        ([said("y" * 4_000), asyncio.Event()], (len(REQUEST.messages) // 4 + 1_000 * 4) / 1e6),
+        ([whole("y")], DOLLARS),
+        ([broken(cost=0.5)], 0.5),
+    ],
+    ids=["spoke", "was whole", "failed"],
+)
+@pytest.mark.parametrize("ends", ["well", "badly", "cancelled"])
+async def test_what_the_one_that_lost_has_cost_is_told_with_the_others_end(
+    hedges: list[Any], cost: float, ends: str
+) -> None:
+    go, hedged, bill = asyncio.Event(), asyncio.Event(), Bill()
+    end = {"well": whole(), "badly": broken(cost=0.0), "cancelled": asyncio.Event()}[ends]
+    # Both speak at once, and the first one is taken.
+    models = PlayedModels(a=[[go, said("x"), end]], b=[[hedged.set, go, *hedges]])
+    world = World(models, **HEDGE)
+    own = (len(REQUEST.messages) // 4 + 4) / 1e6
+    asking = asyncio.create_task(world.ask(replace(HEDGED, bill=bill)))
+    async with asyncio.timeout(5):
+        await hedged.wait()
+    go.set()
+    if ends == "well":
+        assert (await asking)[-1].cost == pytest.approx(DOLLARS + cost)
+        assert bill.cost == 0
+    elif ends == "badly":
+        with pytest.raises(ModelUnavailableError) as caught:
+            await asking
+        assert caught.value.fields["cost"] == pytest.approx(own + cost)
+        assert bill.cost == 0
+    else:
+        await settled()
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert bill.cost == pytest.approx(own + cost)
+
+
+async def test_a_model_that_others_overtake_fails_if_it_stays_silent_for_too_long() -> None:
+    models = PlayedModels(a=[[asyncio.Event()]] * 2, b=[[whole("1")], [whole("2")]])
+    world = World(models, breaker={"min_calls": 1}, **HEDGE)
+    await world.ask(HEDGED)
+    assert world.outcomes()["a", "cancelled"] == 1
+    assert world.router.health()["a"].healthy
+    world.calls._silent_since["a"] -= 60.0
+    await world.ask(HEDGED)
+    assert world.outcomes()["a", "lost"] == 1
+    assert "has said nothing for 60 s" in (world.router.health()["a"].reason or "")
+
+
+async def test_a_model_that_speaks_in_between_is_only_slow() -> None:
+    models = PlayedModels(
+        a=[[asyncio.Event()], [whole("x")], [asyncio.Event()]], b=[[whole("1")], [whole("2")]]
+    )
+    world = World(models, breaker={"min_calls": 1}, **HEDGE)
+    await world.ask(HEDGED)
+    world.calls._silent_since["a"] -= 60.0
+    await world.ask()
+    await world.ask(HEDGED)
+    assert world.outcomes()["a", "cancelled"] == 2
+    assert ("a", "lost") not in world.outcomes()
 
 
 async def test_a_first_token_in_time_calls_nobody_else() -> None:
@@ -286,19 +422,24 @@ async def test_a_failure_before_the_hedge_is_the_callers_to_judge() -> None:
     assert models.called == ["a"]
 
 
-async def test_if_both_fail_the_last_failure_is_raised() -> None:
-    fail, hedged = asyncio.Event(), asyncio.Event()
-    models = PlayedModels(a=[[fail, broken(model="a")]], b=[[hedged.set, broken(model="b")]])
+@pytest.mark.parametrize("last", ["a", "b"])
+async def test_if_both_fail_the_failure_of_the_first_model_is_raised(last: str) -> None:
+    fail_a, fail_b, hedged = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    fails = [fail_b, fail_a] if last == "a" else [fail_a, fail_b]
+    models = PlayedModels(
+        a=[[fail_a, broken(model="a")]], b=[[hedged.set, fail_b, broken(model="b")]]
+    )
     world = World(models, **HEDGE)
     asking = asyncio.create_task(world.ask(HEDGED))
     async with asyncio.timeout(5):
         await hedged.wait()
+    fails[0].set()
     await settled()
     assert not asking.done()
-    fail.set()
+    fails[1].set()
     with pytest.raises(ModelUnavailableError) as caught:
         await asking
-    assert caught.value.fields["model"] == "a"
+    assert (caught.value.fields["model"], caught.value.fields["answering"]) == ("a", "a")
     assert world.outcomes() == {("a", "lost"): 1, ("b", "lost"): 1}
     assert world.running() == [0, 0]
 
@@ -382,7 +523,9 @@ async def test_the_one_whose_call_it_was_can_leave_the_others_to_it() -> None:
     first.cancel()
     await asyncio.wait({first})
     go.set()
-    assert text_of(await second) == "one two"
+    [last] = await second
+    assert (last.text, last.cached, last.cost) == ("one two", False, DOLLARS)
+    assert last.usage == whole().usage
     assert world.outcomes() == {("a", "answered"): 1}
 
 
@@ -403,10 +546,13 @@ async def test_a_lost_call_is_lost_for_all_that_shared_it_and_is_made_again() ->
     go.set()
     results = await asyncio.gather(*asking, return_exceptions=True)
     assert {type(result) for result in results} == {ModelUnavailableError}
+    # It was one call: one of them accounts for it.
+    costs = [result.fields.get("cost") for result in results if isinstance(result, ModelError)]
+    assert (costs.count(None), len(costs)) == (2, 3)
     assert text_of(await world.ask(COLD)) == "ok"
 
 
-@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize("reason", ["stop", "tool_calls"])
 async def test_a_rejected_answer_is_shared_with_its_problem_and_not_kept(reason: str) -> None:
     go = asyncio.Event()
     models = PlayedModels(a=[[go, whole("bad", reason)], [whole("good")]])
@@ -439,6 +585,37 @@ async def test_the_answer_of_a_hedge_is_not_kept_as_the_models_own() -> None:
     request = replace(HEDGED, temperature=0.0)
     assert text_of(await world.ask(request)) == "not yours"
     assert text_of(await world.ask(request)) == "mine"
+
+
+async def test_all_that_share_the_answer_of_a_hedge_are_told_whose_it_is() -> None:
+    models = PlayedModels(a=[[asyncio.Event()]], b=[[whole("not yours")]])
+    world = World(models, cached=True, **HEDGE)
+    request = replace(HEDGED, temperature=0.0)
+    answers = await asyncio.gather(*(world.ask(request) for _ in range(3)))
+    assert [answer[-1].model for answer in answers] == ["b", "b", "b"]
+
+
+async def test_who_shares_a_call_does_not_wait_longer_than_his_step_has_time() -> None:
+    go = asyncio.Event()
+    world = World(PlayedModels(a=[[go, whole("late")]]), cached=True)
+    first = asyncio.create_task(world.ask(COLD))
+    await settled()
+    with pytest.raises(ModelUnavailableError, match="did not answer in time") as caught:
+        await world.ask(replace(COLD, timeout_s=0.01))
+    assert caught.value.fields["out_of_time"]
+    go.set()
+    assert text_of(await first) == "late"
+
+
+async def test_what_was_waited_for_another_host_the_call_has_not() -> None:
+    world = World(PlayedModels(a=[[whole("x")]]), cached=True)
+    key = request_key(COLD.tenant, COLD)
+    world.answers.marks[key.digest] = ("another host", 60.0)
+    asyncio.get_running_loop().call_later(0.05, world.answers.marks.clear)
+    await world.ask(replace(COLD, timeout_s=10.0))
+    left_s = world.models.requests[0].timeout_s
+    assert left_s is not None
+    assert 5.0 < left_s <= 9.96
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,77 @@ def test_an_empty_answer_is_an_error_unless_a_text_is_continued() -> None:
                 stream.finish()
 
 
+def test_an_answer_whose_limit_left_no_room_for_text_is_whole() -> None:
+    stream = ChatStream("m")
+    stream.feed(chunk({"reasoning_content": "hm"}) + chunk({}, "length") + DONE)
+    assert stream.finish() == ()
+    assert stream.finish_reason == "length"
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "aborted"])
+def test_an_answer_that_its_endpoint_broke_off_has_no_end(reason: str) -> None:
+    stream = ChatStream("m")
+    stream.feed(chunk({"content": "half an"}))
+    with pytest.raises(ModelUnavailableError, match="broke its answer off"):
+        stream.feed(chunk({}, reason) + DONE)
+    # So it can be gone on with.
+    assert stream.finish_reason is None
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"reasoning": "hm"},
+        {"reasoning_content": "hm"},
+        {"function_call": {"name": "f"}},
+        {"audio": {"data": "AAAA"}},
+    ],
+)
+def test_what_only_the_client_can_use_is_an_answer_where_it_gets_the_stream(
+    delta: dict[str, Any],
+) -> None:
+    passed, own = ChatStream("m", passed_on=True), ChatStream("m")
+    for stream in (passed, own):
+        stream.feed(chunk(delta))
+        assert stream.started
+        stream.feed(chunk({}, "stop") + DONE)
+    assert passed.finish() == ()
+    with pytest.raises(ModelUnavailableError, match="empty answer"):
+        own.finish()
+
+
+def test_one_of_several_choices_is_an_answer_where_the_client_gets_the_stream() -> None:
+    stream = ChatStream("m", passed_on=True)
+    other = {"index": 1, "delta": {"content": "yes"}, "finish_reason": None}
+    stream.feed(b"data: " + json.dumps({"choices": [other]}).encode() + b"\n\n")
+    stream.feed(chunk({}, "stop") + DONE)
+    assert stream.finish() == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "usage"),
+    [
+        (
+            {
+                "prompt_tokens": 5,
+                "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 2_000},
+            },
+            Usage(5, 3, 5),
+        ),
+        ({"prompt_tokens": -1, "completion_tokens": 3}, Usage(0, 3)),
+        ({"prompt_tokens": 12.5}, Usage()),
+        ("1", Usage()),
+        ([], Usage()),
+    ],
+)
+def test_tokens_that_cannot_be_are_none_and_do_not_spoil_an_answer(said: Any, usage: Usage) -> None:
+    stream = ChatStream("m")
+    stream.feed(chunk({"content": "a"}, "stop") + chunk({}, usage=said) + DONE)
+    assert stream.finish() == ()
+    assert stream.usage == usage
+
+
 def test_a_withheld_answer_is_not_worth_another_call() -> None:
     stream = ChatStream("m")
     stream.feed(chunk({}, "content_filter") + DONE)
@@ -143,6 +214,7 @@ def test_a_withheld_answer_is_not_worth_another_call() -> None:
         b'data: {"choices": [{"delta": {"content": 7}}]}\n',
         b'data: {"choices": "none"}\n',
         b"data: \xff\xfe\n",
+        b'data: {"error": ' + b"[" * 100_000 + b"\n",
         b'data: {"choices": [{"delta": {"content": "\xff"}}]}\n',
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import msgspec
 import pytest
 
 from agentray.errors import InvalidRequestError
@@ -13,6 +14,7 @@ from agentray.models.checks import (
     arguments_problem,
     check_schema,
     output_problem,
+    schema_problem,
     tool_calls_problem,
 )
 
@@ -81,6 +83,91 @@ def test_no_schema_breaks_its_check(
     assert output_problem(text, schema) is not None
 
 
+FANS_OUT = {
+    "$ref": "#/$defs/0",
+    "$defs": {
+        **{str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(40)},
+        "40": {},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/allOf/x", "allOf": [{}]},
+        {"$ref": "#/required", "required": ["a"]},
+        {"$ref": "#/type", "type": "string"},
+        {"$ref": "#/const", "const": {"type": "bogus"}},
+        {"$ref": "#/x-y", "x-y": {"type": "bogus"}},
+        {"$ref": "#/x-y", "x-y": 5},
+    ],
+)
+def test_a_schema_that_slipped_through_is_a_problem_and_no_error(schema: dict[str, Any]) -> None:
+    assert output_problem('"x"', schema) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ('"x"', FANS_OUT),
+        (
+            '{"a":' * 40 + "1" + "}" * 40,
+            {"allOf": [{"properties": {"a": {"$ref": "#"}}} for _ in range(2)]},
+        ),
+        ("[" + "1," * 50_000 + "1]", {"allOf": [{"type": "string"}] * 2_000}),
+    ],
+    ids=["by its references", "by what it looks at", "by what it says"],
+)
+def test_a_check_ends_when_it_makes_too_much_work(text: str, schema: dict[str, Any]) -> None:
+    assert output_problem(text, schema) == "the answer: its schema makes too much work"
+
+
+EVIL = "^(a+)+$"
+A_LOT = "a" * 40 + "!"
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        (f'"{A_LOT}"', {"pattern": EVIL}),
+        (f'{{"{A_LOT}":1}}', {"patternProperties": {EVIL: {}}, "additionalProperties": False}),
+        (f'{{"{A_LOT}":1}}', {"patternProperties": {EVIL: {}}, "unevaluatedProperties": False}),
+        (
+            f'{{"b":"{A_LOT}"}}',
+            {
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                "anyOf": [{"properties": {"b": {"$ref": "#"}}}],
+                "pattern": EVIL,
+            },
+        ),
+    ],
+)
+def test_patterns_of_callers_are_not_looked_at(text: str, schema: dict[str, Any]) -> None:
+    assert schema_problem(schema) is None
+    assert output_problem(text, schema) is None
+
+
+def test_patterns_of_tools_are() -> None:
+    schema = {"properties": {"name": {"pattern": "^A"}}}
+    assert arguments_problem(call('{"name":"Ada"}'), schema) is None
+    assert arguments_problem(call('{"name":"Eve"}'), schema) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "unique"), [('[{"a":1},{"a":2}]', True), ('[{"a":1},1,{"a":1}]', False), ("[1]", True)]
+)
+def test_items_are_unique_or_not(text: str, unique: bool) -> None:
+    assert (output_problem(text, {"uniqueItems": True}) is None) is unique
+    assert output_problem(text, {"uniqueItems": False}) is None
+
+
+def test_a_long_answer_is_not_too_much_work() -> None:
+    rows = [{"name": "x" * 50, "age": n} for n in range(2_000)]
+    schema = {"type": "array", "items": {"$ref": "#/$defs/p"}, "$defs": {"p": PERSON}}
+    assert output_problem(msgspec.json.encode(rows).decode(), schema) is None
+
+
 # Schemas
 
 
@@ -91,6 +178,10 @@ def test_no_schema_breaks_its_check(
         {},
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
         {"properties": {"$ref": {"type": "string"}}},
+        {"properties": {"a": {"items": {"$ref": "#"}}, "b": {"$ref": "#/properties/a/items"}}},
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "http://h/s"},
+        {"$id": "http://h/s", "$ref": "#/$defs/a", "$defs": {"a": True}},
+        {"enum": [str(n) for n in range(1_000)]},
     ],
 )
 def test_a_schema_is_one(schema: dict[str, Any]) -> None:
@@ -106,6 +197,20 @@ def test_a_schema_is_one(schema: dict[str, Any]) -> None:
         ({"$ref": "http://169.254.169.254/x"}, "refers to http://169.254.169.254/x"),
         ({"allOf": [{"items": {"$ref": "file:///etc/passwd"}}]}, "refers to file"),
         ({"properties": {"a": {"$dynamicRef": "other#a"}}}, "refers to other#a"),
+        ({"$dynamicRef": "#a"}, "refers to #a"),
+        ({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}, "refers to #a"),
+        ({"$ref": "#/$defs/none"}, "refers to #/.defs/none, which is not there"),
+        ({"$ref": "#/allOf/x", "allOf": [{}]}, "which is not there"),
+        ({"$ref": "#/required", "required": ["a"]}, "which is no schema"),
+        ({"$ref": "#/type", "type": "string"}, "which is no schema"),
+        ({"$ref": "#/const", "const": {"type": "bogus"}}, "which is no schema"),
+        ({"$ref": "#/x-y", "x-y": {"pattern": "("}}, "which is no schema"),
+        ({"$ref": "#/x-y", "x-y": 5}, "which is no schema"),
+        ({"pattern": "a{99999999999999999999}"}, "no valid JSON schema"),
+        ({"type": [{"a": n} for n in range(300)]}, "a list of more than 256"),
+        ({"const": "x" * 70_000}, "larger than 65536 bytes"),
+        ({"items": {"$schema": "http://json-schema.org/draft-07/schema#"}}, "a .schema inside"),
+        ({"items": {"$id": "http://h/s"}}, "a .id inside"),
     ],
 )
 def test_what_is_no_schema_or_refers_elsewhere_is_refused(

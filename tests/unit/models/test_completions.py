@@ -21,7 +21,7 @@ from agentray.errors import (
     ModelUnavailableError,
 )
 from agentray.events import Usage
-from agentray.models.cache import ResponseCache
+from agentray.models.cache import ResponseCache, completion_key
 from agentray.models.catalog import Catalog
 from agentray.models.completions import Completion, Completions, CompletionStream
 from agentray.models.policies import NoModelError
@@ -132,7 +132,8 @@ class World:
             rng=random.Random(1),
         )
         time = ManualClock()
-        cache = ResponseCache(MemoryAnswers(time), configured.cache, time, self.metrics, owner="o")
+        self.answers = MemoryAnswers(time)
+        cache = ResponseCache(self.answers, configured.cache, time, self.metrics, owner="o")
         self.completions = Completions(
             self.router,
             client,  # type: ignore[arg-type]
@@ -168,6 +169,49 @@ class World:
 
 
 # Where a completion goes
+
+
+@pytest.mark.parametrize("usage", ['{"prompt_tokens": 12.5}', "[]", '"1"', '{"prompt_tokens": -1}'])
+async def test_an_answer_ends_its_call_whatever_it_says_of_its_tokens(usage: str) -> None:
+    body = answer().replace(b"null", usage.encode())
+    clock = ManualClock()
+    world = World(Client(a=[body]), clock=clock, breaker={"min_calls": 1, "open_s": 5.0})
+    world.router.begin("a", None).lost(BROKEN)
+    clock.advance(6.0)
+    # It is the probe that finds the model back.
+    assert (await world.ask(model="a")).body == body
+    assert world.router.wait_s("a") == 0
+    assert world.running() == 0
+    assert world.tokens("input") == world.tokens("output") == 0
+
+
+async def test_more_cached_tokens_than_there_were_are_all_of_them() -> None:
+    body = answer(prompt_tokens=5, prompt_tokens_details={"cached_tokens": 2_000})
+    world = World(Client(a=[body]))
+    await world.ask()
+    assert [world.tokens(of) for of in ("input", "cached")] == [0, 5]
+
+
+async def test_a_large_image_does_not_need_a_long_window() -> None:
+    cards = {**CARDS, "a": {**CARDS["a"], "modalities": ["text", "image"]}}
+    cards["a"]["context_window"] = 4_000
+    image = {"url": "data:image/png;base64," + "A" * 100_000}
+    content = [{"type": "image_url", "image_url": image}]
+    routing = {"holdout": 0.0, "difficulty": 1.0}
+    world = World(Client(a=[answer()]), cards=cards, routing=routing)
+    completion = await world.ask({"messages": [{"role": "user", "content": content}]})
+    assert completion.model == "a"
+
+
+async def test_a_probe_whose_stream_has_begun_has_found_its_model_back() -> None:
+    clock = ManualClock()
+    raw = Stream(b"data: 1\n\n")
+    world = World(Client(a=[raw]), clock=clock, breaker={"min_calls": 1, "open_s": 5.0})
+    world.router.begin("a", None).lost(BROKEN)
+    clock.advance(6.0)
+    stream = await world.stream(model="a")
+    assert world.router.health()["a"].healthy
+    await stream.aclose()
 
 
 async def test_an_answer_is_passed_on_as_it_came_and_taken_down() -> None:
@@ -497,6 +541,43 @@ async def test_an_answer_of_another_model_is_shared_and_not_kept_as_the_firsts()
     assert {(each.model, each.body) for each in completions} == {("b", answer("b"))}
     assert world.client.called == ["a", "b"]
     assert (await world.ask(COLD)).body == answer("a")
+
+
+async def test_an_answer_of_another_model_lets_other_hosts_call_at_once() -> None:
+    world = World(Client(a=[BROKEN], b=[answer("b")]), cached=True)
+    await world.ask(COLD)
+    await settled()
+    [(mark, until)] = world.answers.marks.values()
+    assert (mark, until > 0.0) == ("alone", True)
+
+
+async def test_who_waits_for_another_host_has_only_what_is_left_of_the_steps_time() -> None:
+    world = World(Client(a=[answer()]), cached=True, step_timeout_s=30.0)
+    key = completion_key("default", "a", COLD)
+    world.answers.marks[key.digest] = ("another host", 60.0)
+    asyncio.get_running_loop().call_later(0.05, world.answers.marks.clear)
+    await world.ask(COLD)
+    assert world.client.timeouts[0] <= 29.96
+
+
+async def test_who_waits_for_another_host_leaves_in_time() -> None:
+    world = World(Client(), cached=True, step_timeout_s=0.02)
+    key = completion_key("default", "a", COLD)
+    world.answers.marks[key.digest] = ("another host", 60.0)
+    with pytest.raises(ModelUnavailableError, match="did not answer in time"):
+        await world.ask(COLD)
+    assert world.client.called == []
+
+
+async def test_when_the_one_whose_call_it_was_leaves_another_is_told_that_it_is_his() -> None:
+    go = asyncio.Event()
+    world = World(Client(a=[(go, answer())]), cached=True)
+    first, second = (asyncio.create_task(world.ask(COLD)) for _ in range(2))
+    await settled()
+    first.cancel()
+    await asyncio.wait({first})
+    go.set()
+    assert not (await second).cached
 
 
 async def test_who_is_held_out_asks_the_model_that_the_answer_is_kept_for() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agentray.models.continuation import can_go_on
+from agentray.models.continuation import Continuation, can_go_on
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,27 @@ def test_one_plain_text_can_be_put_together(fields: dict[str, Any]) -> None:
 def test_what_has_parts_of_its_own_or_a_form_cannot(fields: dict[str, Any]) -> None:
     assert not can_go_on(fields)
     assert not can_go_on({name: msgspec.Raw(msgspec.json.encode(fields[name])) for name in fields})
+
+
+@pytest.mark.parametrize("said", ["1", 12.5, [], -3])
+def test_tokens_that_cannot_be_do_not_break_a_stream_that_goes_on(said: Any) -> None:
+    usage = {"prompt_tokens": said, "completion_tokens": said}
+    line = b"data: " + msgspec.json.encode({"choices": [], "usage": usage})
+    nothing: Any = None
+    continuation = Continuation(
+        nothing,
+        nothing,
+        nothing,
+        model="m",
+        route=nothing,
+        fields={},
+        session_id=None,
+        deadline=0.0,
+        failures=0,
+    )
+    joined = continuation._joined(line, {"id": "c1"})
+    assert msgspec.json.decode(joined[5:]) == {
+        "id": "c1",
+        "choices": [],
+        "usage": {"prompt_tokens": 0, "completion_tokens": 0},
+    }

@@ -352,10 +352,29 @@ def test_a_wait_that_was_asked_for_is_kept_and_nobody_returns_at_once_with_the_o
     assert len(set(waits)) == 50
 
 
-def test_no_wait_is_longer_than_half_a_minute() -> None:
+def test_only_who_is_told_to_waits_longer_than_half_a_minute() -> None:
     router = World().router
     assert router.backoff_s(20, BROKEN) == 30.0
-    assert router.backoff_s(0, ModelRateLimitedError("", retry_after_s=3_600.0)) == 30.0
+    assert router.backoff_s(0, ModelRateLimitedError("", retry_after_s=200.0)) >= 200.0
+
+
+def test_a_limit_ends_after_ten_minutes_whatever_was_said() -> None:
+    world = World()
+    world.router.begin("small", None).lost(ModelRateLimitedError("", retry_after_s=1e9))
+    assert world.router.wait_s("small") == 600.0
+
+
+def test_a_probe_that_speaks_closes_its_breaker_however_long_it_goes_on() -> None:
+    world = World()
+    world.open("small")
+    world.clock.advance(world.router.wait_s("small"))
+    probe = world.router.begin("small", None)
+    assert world.router.wait_s("small") > 0
+    probe.spoke()
+    assert world.router.wait_s("small") == 0
+    assert world.router.health()["small"].healthy
+    probe.lost(BROKEN)
+    assert world.router.wait_s("small") == 0
 
 
 def test_who_is_sent_away_is_told_why_and_until_when() -> None:
@@ -363,7 +382,7 @@ def test_who_is_sent_away_is_told_why_and_until_when() -> None:
     world.open("small")
     error = world.router.away("small", world.router.wait_s("small"))
     assert error.message == "model 'small' is left alone for 5.0 s: it broke"
-    assert error.fields == {"model": "small", "retry_after_s": 5.0}
+    assert error.fields == {"model": "small", "retry_after_s": 5.0, "unsent": True}
     assert world.router.away("large", 1.0).message.endswith("it takes no more calls for now")
 
 
@@ -388,6 +407,16 @@ def test_an_answer_costs_what_its_tokens_do() -> None:
     cost = "agentray_model_cost_dollars_total"
     assert world.counted(cost, model="small", tier="small") == pytest.approx(1.4)
     assert world.counted("agentray_always_large_cost_dollars_total") == pytest.approx(14.0)
+
+
+def test_embeddings_are_no_answers_of_a_tier() -> None:
+    embedder = {"kind": "embedding", "price": {"input": 1.0}}
+    world = World({**MODELS, "e": embedder})
+    assert world.router.begin("e", None).answered(USAGE) == pytest.approx(1.0)
+    assert world.calls() == {("e", "none", "embedding", "answered", "no"): 1}
+    cost = "agentray_model_cost_dollars_total"
+    assert world.counted(cost, model="e", tier="none") == pytest.approx(1.0)
+    assert world.counted("agentray_always_large_cost_dollars_total") == 0
 
 
 def test_time_on_an_own_accelerator_costs_from_beginning_to_end() -> None:
@@ -453,7 +482,10 @@ def test_what_is_the_models_fault_opens_its_breaker(error: ModelError, opens: bo
         world.router.begin("small", None).lost(error)
     health = world.router.health()["small"]
     assert health.healthy is not opens
-    assert health.reason == (error.message if opens else None)
+    status = error.fields.get("status")
+    # What the endpoint said may repeat what it was asked.
+    told = error.message if status is None else f"it answered {status}"
+    assert health.reason == (told if opens else None)
     assert world.counted("agentray_breaker_open", model="small") == opens
 
 
@@ -463,6 +495,17 @@ def test_what_is_not_its_fault_never_opens_it(how: str) -> None:
     for _ in range(10):
         end(world.router.begin("small", None), how)
     assert world.router.health()["small"].healthy
+
+
+def test_a_call_that_its_caller_had_no_time_for_is_one_that_was_given_up() -> None:
+    world = World()
+    late = ModelUnavailableError("did not answer in time", out_of_time=True)
+    for _ in range(5):
+        world.router.begin("small", None).lost(late)
+    assert world.router.health()["small"].healthy
+    (family,) = world.metrics.model_calls.collect()
+    outcomes = {s.labels["outcome"] for s in family.samples if s.name.endswith("_total")}
+    assert outcomes == {"cancelled"}
 
 
 def test_a_limit_keeps_calls_away_until_it_ends() -> None:
@@ -519,3 +562,21 @@ def test_health_is_told_for_each_model_with_its_reason() -> None:
 )
 def test_what_another_model_may_answer(error: ModelError, elsewhere: bool) -> None:
     assert may_succeed_elsewhere(error) is elsewhere
+
+
+def test_a_call_that_can_wait_waits_for_a_gate_a_breaker_and_for_room() -> None:
+    world = World({"a": {"max_concurrent": 4}, "b": {}}, served=("b",))
+    router = world.router
+    assert router.spare_s("a", 0.5) == router.spare_s("b", 0.5) == router.spare_s("none", 0.5) == 0
+    first, second = router.begin("a", None), router.begin("a", None)
+    assert router.spare_s("a", 0.5) > 0
+    assert router.spare_s("a", 0.75) == 0
+    first.answered(USAGE)
+    assert router.spare_s("a", 0.5) == 0
+    second.lost(ModelRateLimitedError("slow down", retry_after_s=7.0))
+    assert router.spare_s("a", 0.5) == pytest.approx(7.0)
+    world.health["b"] = ModelHealth(healthy=False, reason="it does not load")
+    assert router.spare_s("b", 0.5) > 0
+    world.health.clear()
+    world.open("b")
+    assert router.spare_s("b", 0.5) == pytest.approx(5.0)

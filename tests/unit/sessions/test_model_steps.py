@@ -250,7 +250,8 @@ async def test_the_call_is_told_what_the_turn_and_its_agent_say() -> None:
     [request] = world.models.requests
     assert (request.temperature, request.top_p, request.max_output_tokens) == (0.0, 0.9, 9)
     assert (request.session_id, request.tenant, request.cache) == ("s", "t", True)
-    assert (request.timeout_s, request.continue_text) == (60.0, False)
+    assert request.timeout_s == pytest.approx(60.0, abs=1.0)
+    assert not request.continue_text
     assert request.route == world.called[0].route
     assert request.output_schema is None
     assert b'"echo"' in (request.tools or b"")
@@ -390,7 +391,39 @@ async def test_an_answer_in_a_form_is_held_back_until_it_was_checked() -> None:
     assert finished.text == '{"n":1}'
     [request] = world.models.requests
     form = json.loads(request.output_schema or b"")
-    assert form["json_schema"] == {"name": "answer", "strict": True, "schema": NUMBER}
+    assert form["json_schema"] == {"name": "answer", "schema": NUMBER}
+
+
+async def test_what_the_caller_says_of_the_form_is_passed_on() -> None:
+    world = World(small=[[whole('{"n":1}')]])
+    await world.ask(output_schema=NUMBER, output_form={"name": "n", "strict": True})
+    form = json.loads(world.models.requests[0].output_schema or b"")
+    assert form["json_schema"] == {"name": "n", "strict": True, "schema": NUMBER}
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("length", "max_output_tokens"), ("content_filter", "content_filter")]
+)
+async def test_an_answer_in_a_form_that_was_cut_ends_incomplete_with_its_text(
+    reason: str, code: str
+) -> None:
+    world = World(small=[[said('{"n":'), whole("1", reason)]])
+    end = await world.ask(output_schema=NUMBER)
+    assert isinstance(end, EndTurn)
+    assert end.error is not None
+    assert (end.status, end.error.code) == ("incomplete", code)
+    [finished] = world.told(ModelFinished)
+    assert finished.text == '{"n":1'
+
+
+async def test_what_was_said_to_a_bad_call_is_kept_with_it_also_where_a_form_is_asked() -> None:
+    world = World(
+        cards={"small": {"tier": "small"}},
+        small=[[said("let me "), whole("see", "tool_calls", BAD)]],
+    )
+    assert await world.ask(output_schema=NUMBER) == CallTools(((BAD, 1),))
+    [finished] = world.told(ModelFinished)
+    assert finished.text == "let me see"
 
 
 async def test_a_model_without_schemas_is_asked_without_one_and_checked_all_the_same() -> None:
@@ -669,7 +702,8 @@ async def test_what_an_attempt_took_the_next_one_has_not() -> None:
     world = World(large=[[whole("x")]])
     world.models.scripts["small"] = [[lambda: world.clock.advance(20), BROKEN]]
     await world.ask()
-    assert [request.timeout_s for request in world.models.requests] == [60.0, 40.0]
+    left_s = [request.timeout_s for request in world.models.requests]
+    assert left_s == pytest.approx([60.0, 40.0], abs=1.0)
 
 
 async def test_a_step_ends_when_it_has_cost_what_it_may() -> None:
@@ -703,6 +737,30 @@ async def test_a_call_is_cancelled_in_the_middle_and_its_text_is_kept() -> None:
     [voided] = world.told(ModelVoided)
     assert (voided.reason, voided.text, voided.continues) == ("cancelled", "half ", False)
     assert world.models.closed == ["small"]
+
+
+async def test_what_a_cancelled_call_cost_is_in_the_journal() -> None:
+    begun = asyncio.Event()
+    world = World(small=[[said("x" * 4_000), begun.set, asyncio.Event()]])
+    asking = asyncio.create_task(world.ask())
+    await begun.wait()
+    world.actor.cancel("turn1")
+    await asking
+    [voided] = world.told(ModelVoided)
+    # A thousand tokens, and what was asked.
+    assert 1_000 * 4 / 1e6 <= voided.cost < 1_100 * 4 / 1e6
+    assert world.actor.turn.cost == voided.cost
+
+
+async def test_what_a_call_cost_that_fails_just_as_it_is_cancelled_is_there_as_well() -> None:
+    world = World()
+    failed = ModelUnavailableError("it broke")
+    world.models.scripts["small"] = [
+        [said("x" * 4_000), lambda: setattr(world.actor, "cancel_requested", True), failed]
+    ]
+    assert await world.ask() == CANCELLED
+    [voided] = world.told(ModelVoided)
+    assert voided.cost == failed.fields["cost"] > 0
 
 
 async def test_a_call_that_had_said_nothing_leaves_nothing() -> None:

@@ -190,13 +190,14 @@ def test_the_model_of_a_call_is_the_one_that_really_answered_or_failed() -> None
     assert story.called(2, model="m1").answered("", A, model="hedge").turn.model == "hedge"
 
 
-def test_a_turn_that_escalated_stays_there_and_one_that_overflowed_remembers_where() -> None:
+def test_a_step_escalates_once_and_a_turn_remembers_what_overflowed() -> None:
     story = Story().accepted().called(model="m1").voided(reason=CONTEXT_LENGTH)
-    story.called(2, model="m2").voided(escalates=True).called(3, model="m3").answered("", A)
-    story.tool_called(A).tool_finished(A)
+    story.called(2, model="m2").voided(escalates=True)
     assert (story.turn.overflowed, story.turn.escalated) == ("m1", True)
-    story.called(step=2).answered().finished().accepted()
-    assert (story.turn.overflowed, story.turn.escalated) == (None, False)
+    story.called(3, model="m3").answered("", A)
+    assert (story.turn.overflowed, story.turn.escalated) == ("m1", False)
+    story.tool_called(A).tool_finished(A).called(step=2).answered().finished().accepted()
+    assert story.turn.overflowed is None
 
 
 def test_costs_add_up_for_the_step_and_for_the_turn() -> None:

@@ -108,6 +108,12 @@ def test_a_callers_schema_comes_before_the_agents(asked: Any, agents: Any, schem
     assert output_schema(story.turn, AgentSettings(output_schema=agents)) == schema
 
 
+def test_an_image_counts_as_a_thousand_tokens_however_large_it_is() -> None:
+    url = "data:image/png;base64," + "A" * 1_000_000
+    large: list[Any] = [{"type": "image_url", "image_url": {"url": url}}]
+    assert 1_000 <= step_for(Story().accepted(large)).prompt_tokens < 1_100
+
+
 def test_images_are_found_in_what_is_asked_and_in_the_past() -> None:
     assert not step_for(Story().accepted("hi")).images
     asked = Story().accepted(IMAGE)

@@ -108,6 +108,19 @@ def test_a_report_adds_all_hosts_up() -> None:
     }
 
 
+def test_embeddings_change_nothing_in_what_is_compared() -> None:
+    metrics = Metrics()
+    called(metrics, 50, "embedder", "none", "embedding")
+    metrics.model_cost.labels("embedder", "none").inc(9.0)
+    before = routing_report(samples(*two_hosts()))
+    report = routing_report(samples(*two_hosts(), metrics))
+    assert (report.tiers, report.cost) == (before.tiers, before.cost)
+    (kind,) = (line for line in report.kinds if line.kind == "embedding")
+    assert (kind.calls, kind.small_share) == (50, None)
+    (model,) = (line for line in report.models if line.model == "embedder")
+    assert (model.tier, model.calls, model.cost_dollars) == ("", 50, 9.0)
+
+
 def test_a_report_of_nothing_has_no_shares() -> None:
     report = plain(routing_report(samples(Metrics())))
     assert report["calls"] == 0

@@ -1,0 +1,95 @@
+"""Count the tokens of a call: as its answer says, whatever it says, or guessed from its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import msgspec
+
+from agentray.events import Usage
+
+__all__ = [
+    "MOST_TOKENS",
+    "prompt_bytes",
+    "reasoning_in",
+    "tokens",
+    "usage_in",
+    "usage_of",
+    "usage_said",
+]
+
+MOST_TOKENS = 1_000_000_000
+"""A count of tokens that is larger is none: sums of what is below fit every column and metric."""
+
+# What an image is taken to have, for estimates alone: 1,000 tokens of four bytes.
+_IMAGE_BYTES = 4_000
+_IMAGE_URL = re.compile(rb'"url"\s*:\s*"data:[^"]*"')
+
+
+class _Answer(msgspec.Struct):
+    usage: Any = None
+
+
+_answer = msgspec.json.Decoder(_Answer)
+
+
+def tokens(said: object) -> int:
+    """Return a count of tokens that an endpoint says; 0 for what can be none."""
+    if isinstance(said, float) and said.is_integer():
+        said = int(said)
+    return said if type(said) is int and 0 <= said <= MOST_TOKENS else 0
+
+
+def usage_in(said: object) -> Usage:
+    """Return what the ``usage`` of an answer says, whatever it is: it never raises.
+
+    Cached tokens are a part of the input ones, also where the endpoint says more.
+    """
+    counts = _object(said)
+    prompt_tokens = tokens(counts.get("prompt_tokens"))
+    cached_tokens = tokens(_object(counts.get("prompt_tokens_details")).get("cached_tokens"))
+    return Usage(
+        input_tokens=prompt_tokens,
+        output_tokens=tokens(counts.get("completion_tokens")),
+        cached_tokens=min(cached_tokens, prompt_tokens),
+    )
+
+
+def reasoning_in(said: object) -> int:
+    """Return the tokens of its thoughts that the ``usage`` of an answer says, as ``usage_in``."""
+    details = _object(_object(said).get("completion_tokens_details"))
+    return tokens(details.get("reasoning_tokens"))
+
+
+def usage_said(answer: bytes) -> object:
+    """Return the ``usage`` of an answer's JSON as it is there; None for what has none."""
+    try:
+        return _answer.decode(answer).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def usage_of(answer: bytes) -> Usage:
+    """Return the tokens that an answer's JSON says it took; none where it says nothing that can
+    be. It never raises."""
+    return usage_in(usage_said(answer))
+
+
+def prompt_bytes(messages: Iterable[bytes]) -> int:
+    """Return how large messages are in their JSON, to estimate their tokens by: an image that is
+    within them counts as much as its tokens would, not as its bytes do."""
+    return sum(map(_text_bytes, messages))
+
+
+def _text_bytes(message: bytes) -> int:
+    size = len(message)
+    if size > _IMAGE_BYTES:
+        for url in _IMAGE_URL.finditer(message):
+            size -= max(0, url.end() - url.start() - _IMAGE_BYTES)
+    return size
+
+
+def _object(said: object) -> Mapping[str, object]:
+    return cast("Mapping[str, object]", said) if isinstance(said, Mapping) else {}
