@@ -30,8 +30,8 @@ _SHOWN_CHARS = 200
 _MOST_BYTES = 64 * 1024
 # Lists of anything but texts or numbers are compared each item with each.
 _MOST_ITEMS = 256
-# A check is synchronous: about half a second of a host's loop. A row of an answer, of ten fields in
-# a table of its own, needs about 40.
+# A check is synchronous: this is a quarter of a second or so of a host's loop. A row of ten fields
+# takes about 25 of it.
 _MOST_WORK = 50_000
 # A reference is looked up each time.
 _WORK_OF_REFERENCE = 4

@@ -117,7 +117,7 @@ def _facts(body: bytes, secret: str | None) -> tuple[str, str | None, list[str]]
     kinds: list[str] = []
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         message = body.decode("utf-8", "replace")
     else:
         # {"error": {...}}, {"error": "..."}, {"detail": ...}, or the error itself.

@@ -462,7 +462,7 @@ async def test_the_last_to_leave_waits_for_the_end_of_the_call(world: World) -> 
         try:
             return await world.call()
         finally:
-            await asyncio.sleep(0)
+            await settled()
             ended = True
 
     asked = asyncio.ensure_future(world.host().get_or_call(KEY, call))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, cast
 
 import aiohttp
@@ -17,6 +18,9 @@ TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 
 class Response:
     """A response that has brought some chunks and then brings nothing until it is closed."""
+
+    status = 200
+    headers: Mapping[str, str] = {"Content-Type": "text/event-stream"}
 
     def __init__(self, *chunks: bytes) -> None:
         self.closed = False

@@ -15,30 +15,36 @@ from agentray.errors import ModelUnavailableError
 from agentray.models.base import ModelRequest
 from agentray.models.catalog import Catalog
 from agentray.models.client import ModelClient
+from tests.unit.models.test_chat_answer import Response
 
 HI: dict[str, Any] = {"messages": []}
 
 
 class Endpoint:
-    """A model's HTTP session in which every call ends with ``error``, or never."""
+    """A model's HTTP session in which every call ends as ``plays`` says, or never."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self._error = error
+    def __init__(self, plays: Response | Exception | None = None) -> None:
+        self._plays = plays
 
-    async def post(self, *_: Any, **__: Any) -> Any:
-        if self._error is not None:
-            raise self._error
-        await asyncio.Event().wait()
+    async def post(self, *_: Any, **__: Any) -> Response:
+        if isinstance(self._plays, Exception):
+            raise self._plays
+        if self._plays is None:
+            await asyncio.Event().wait()
+        assert self._plays is not None
+        return self._plays
 
 
 def client_of(
-    monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    plays: Response | Exception | None = None,
+    **settings: Any,
 ) -> ModelClient:
     configured = ModelsSettings.model_validate(
         {"endpoints": {"m": {"url": "http://h/v1"}}, "first_token_timeout_s": 0.04, **settings}
     )
     client = ModelClient(Catalog(configured, ""), configured, clock=ManualClock())
-    monkeypatch.setattr(client, "_session", lambda: Endpoint(error))
+    monkeypatch.setattr(client, "_session", lambda: Endpoint(plays))
     return client
 
 
@@ -55,14 +61,16 @@ async def error_of(client: ModelClient, how: str, timeout_s: float | None) -> Mo
 
 
 @pytest.mark.parametrize("how", ["step", "stream", "whole"])
+@pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize(
     ("timeout_s", "hurried"), [(0.01, True), (0.05, False)], ids=["hurried", "long enough"]
 )
 async def test_a_model_that_does_not_answer_is_to_blame_if_it_had_the_time_to(
-    monkeypatch: pytest.MonkeyPatch, how: str, timeout_s: float, hurried: bool
+    monkeypatch: pytest.MonkeyPatch, how: str, with_head: bool, timeout_s: float, hurried: bool
 ) -> None:
-    error = await error_of(client_of(monkeypatch), how, timeout_s)
-    assert "did not answer in time" in error.message
+    plays = Response() if with_head else None
+    error = await error_of(client_of(monkeypatch, plays), how, timeout_s)
+    assert "in time" in error.message
     assert error.fields.get("out_of_time", False) is hurried
 
 

@@ -193,8 +193,11 @@ async def test_more_cached_tokens_than_there_were_are_all_of_them() -> None:
 
 
 async def test_a_large_image_does_not_need_a_long_window() -> None:
-    cards = {**CARDS, "a": {**CARDS["a"], "modalities": ["text", "image"]}}
-    cards["a"]["context_window"] = 4_000
+    sees = {"modalities": ["text", "image"]}
+    cards = {
+        "a": {**CARDS["a"], **sees, "context_window": 4_000},
+        "b": {**CARDS["b"], **sees, "context_window": 90_000},
+    }
     image = {"url": "data:image/png;base64," + "A" * 100_000}
     content = [{"type": "image_url", "image_url": image}]
     routing = {"holdout": 0.0, "difficulty": 1.0}
@@ -291,19 +294,19 @@ async def test_the_agents_models_and_preference_decide_for_those_who_name_none()
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "why"),
     [
-        BROKEN,
-        ModelRateLimitedError("slow down", retry_after_s=9.0),
-        ModelError("bad key", status=401),
-        ModelError("no such model", status=404),
+        (BROKEN, "the others failed this step"),
+        (ModelRateLimitedError("slow down", retry_after_s=9.0), "the others are unhealthy"),
+        (ModelError("bad key", status=401), "the others failed this step"),
+        (ModelError("no such model", status=404), "the others failed this step"),
     ],
 )
-async def test_what_fails_is_tried_elsewhere_at_once(error: ModelError) -> None:
+async def test_what_fails_is_tried_elsewhere_at_once(error: ModelError, why: str) -> None:
     world = World(Client(a=[error], b=[answer("b")]))
     completion = await world.ask()
     assert (completion.body, completion.model) == (answer("b"), "b")
-    assert "the others failed this step" in completion.route.reason
+    assert why in completion.route.reason
     assert world.outcomes() == [("a", "lost"), ("b", "answered")]
 
 

@@ -111,3 +111,9 @@ def test_who_only_speaks_of_it_does_not_mean_it(
 def test_it_may_come_in_the_middle_of_an_answer() -> None:
     body = b'{"error": {"message": "prompt is too long", "type": "BadRequestError"}}'
     assert type(refusal_in_answer("m", body)) is ModelContextLengthError
+
+
+def test_what_is_nested_too_deeply_is_shown_as_text() -> None:
+    error = refusal("m", 500, b"[" * 65_536)
+    assert isinstance(error, ModelUnavailableError)
+    assert error.fields["status"] == 500
