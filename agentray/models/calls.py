@@ -16,10 +16,10 @@ from agentray.models.base import Bill, ModelCaller, ModelProgress, ModelRequest
 from agentray.models.cache import CachedAnswer, ResponseCache, may_cache, request_key
 from agentray.models.refusals import unavailable
 from agentray.models.router import Attempt, Router
+from agentray.models.usage import BYTES_PER_TOKEN, prompt_bytes
 
 __all__ = ["ModelCalls"]
 
-_BYTES_PER_TOKEN = 4
 _LONGEST_PAUSE_S = 1.0
 # In front of the reason why an answer ended that failed its checks, or is another model's: it is
 # shared by those who wait, and not kept.
@@ -272,7 +272,8 @@ def _estimate(request: ModelRequest, texts: list[str]) -> Usage:
     if not texts:
         return Usage()
     said = sum(map(len, texts))
-    return Usage(len(request.messages) // _BYTES_PER_TOKEN, -(-said // _BYTES_PER_TOKEN))
+    prompt = prompt_bytes([request.messages])
+    return Usage(prompt // BYTES_PER_TOKEN, -(-said // BYTES_PER_TOKEN))
 
 
 async def _first_good(tasks: list[asyncio.Future[ModelProgress]]) -> asyncio.Future[ModelProgress]:

@@ -18,12 +18,9 @@ from agentray.models.client import ModelClient, RawStream
 from agentray.models.continuation import Continuation
 from agentray.models.policies import Step, difficulty, step_kind
 from agentray.models.router import Attempt, Choice, Router, may_succeed_elsewhere
-from agentray.models.usage import prompt_bytes, usage_of
+from agentray.models.usage import BYTES_PER_TOKEN, has_image, prompt_bytes, usage_of
 
 __all__ = ["Completion", "Completions", "CompletionStream"]
-
-_BYTES_PER_TOKEN = 4
-_IMAGE = b'"image_url"'
 
 
 class _Message(msgspec.Struct):
@@ -318,9 +315,9 @@ def _step(
     return Step(
         kind=kind,
         difficulty=difficulty(kind, last, tools=tools, turns=len(messages) // 2),
-        prompt_tokens=prompt_bytes(messages) // _BYTES_PER_TOKEN,
+        prompt_tokens=prompt_bytes(messages) // BYTES_PER_TOKEN,
         output_tokens=facts.max_completion_tokens or facts.max_tokens,
-        images=any(_IMAGE in message for message in messages),
+        images=any(map(has_image, messages)),
         tools=bool(tools),
         output_schema=schema,
         forced=forced,

@@ -11,7 +11,9 @@ import msgspec
 from agentray.events import Usage
 
 __all__ = [
+    "BYTES_PER_TOKEN",
     "MOST_TOKENS",
+    "has_image",
     "prompt_bytes",
     "reasoning_in",
     "tokens",
@@ -22,6 +24,9 @@ __all__ = [
 
 MOST_TOKENS = 1_000_000_000
 """A count of tokens that is larger is none: sums of what is below fit every column and metric."""
+
+BYTES_PER_TOKEN = 4
+"""Of a message's JSON, where its tokens are not counted by a model yet: for estimates alone."""
 
 # What an image is taken to have, for estimates alone: 1,000 tokens of four bytes.
 _IMAGE_BYTES = 4_000
@@ -81,6 +86,11 @@ def prompt_bytes(messages: Iterable[bytes]) -> int:
     """Return how large messages are in their JSON, to estimate their tokens by: an image that is
     within them counts as much as its tokens would, not as its bytes do."""
     return sum(map(_text_bytes, messages))
+
+
+def has_image(message: bytes) -> bool:
+    """Return whether there is an image in a message's JSON, or in several's."""
+    return b'"image_url"' in message
 
 
 def _text_bytes(message: bytes) -> int:

@@ -136,8 +136,7 @@ class ModelSteps:
         withheld: list[str] = []
         try:
             with actor.allow_interrupt():
-                request = replace(self._request(actor, turn, agent), bill=bill)
-                stream = self._models.stream(request)
+                stream = self._models.stream(self._request(actor, turn, agent, bill))
                 async with aclosing(cast("AsyncGenerator[ModelProgress]", stream)):
                     async for progress in stream:
                         if hub.called_seq != called_seq:
@@ -184,7 +183,9 @@ class ModelSteps:
 
     # The request
 
-    def _request(self, actor: SessionActor, turn: Turn, agent: AgentSettings) -> ModelRequest:
+    def _request(
+        self, actor: SessionActor, turn: Turn, agent: AgentSettings, bill: Bill
+    ) -> ModelRequest:
         options = turn.options
         instructions = (
             options.instructions if options.instructions is not None else agent.instructions
@@ -200,6 +201,7 @@ class ModelSteps:
             # With nowhere else to go, an endpoint that restarts is waited for.
             patient=not self._router.has_other(actor.route, turn.model, turn.lost),
             cache=agent.cache,
+            bill=bill,
             output_schema=self._response_format(turn, agent),
             tools=self._tools.wire(agent.tools),
             temperature=(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from agentray.config.settings import AgentSettings
 from agentray.events import ModelFailed, ModelVoided, TurnError
 from agentray.models.policies import Step, difficulty, step_kind
-from agentray.models.usage import prompt_bytes
+from agentray.models.usage import BYTES_PER_TOKEN, has_image, prompt_bytes
 from agentray.sessions.state import CONTEXT_LENGTH, Rules, SessionState, Turn
 
 __all__ = [
@@ -21,10 +21,6 @@ __all__ = [
 
 STEP_TIMEOUT = "step_timeout"
 STEP_COST = "step_cost_cap"
-
-# Where a message is not counted by its model yet: a token is about four bytes of its JSON.
-_BYTES_PER_TOKEN = 4
-_IMAGE = b'"image_url"'
 
 
 def step_of(
@@ -58,9 +54,9 @@ def step_of(
         )
         if compares
         else 0.0,
-        prompt_tokens=size // _BYTES_PER_TOKEN,
+        prompt_tokens=size // BYTES_PER_TOKEN,
         output_tokens=turn.options.max_output_tokens or agent.max_output_tokens,
-        images=minds_images and any(_IMAGE in fragment for fragment in (*window, asked)),
+        images=minds_images and any(map(has_image, (*window, asked))),
         tools=bool(tools),
         output_schema=schema,
         forced=turn.options.model,
@@ -107,7 +103,7 @@ def tokens_left(limit: int | None, text: str) -> int | None:
     """
     if limit is None or not text:
         return limit
-    return max(1, limit - len(text.encode()) // _BYTES_PER_TOKEN)
+    return max(1, limit - len(text.encode()) // BYTES_PER_TOKEN)
 
 
 def after_lost_call(

@@ -38,6 +38,8 @@ class Toolbox:
 
     def __init__(self, specs: Iterable[ToolSpec]) -> None:
         self._specs = {spec.name: spec for spec in specs}
+        # Asked for with every model call, and the same for each agent.
+        self._wires: dict[tuple[str, ...], bytes | None] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,6 +55,12 @@ class Toolbox:
 
     def wire(self, names: Sequence[str]) -> bytes | None:
         """Return the elements of ``tools`` in a chat request as JSON, or None for no tools."""
+        key = tuple(names)
+        if key not in self._wires:
+            self._wires[key] = self._encoded(key)
+        return self._wires[key]
+
+    def _encoded(self, names: Sequence[str]) -> bytes | None:
         found = [self._specs[name] for name in names if name in self._specs]
         if not found:
             return None
