@@ -171,8 +171,10 @@ class ModelCalls:
     async def _attempt(
         self, request: ModelRequest, deadline: float
     ) -> AsyncGenerator[ModelProgress]:
-        await self._admitted(request, deadline)
         left_s = deadline - asyncio.get_running_loop().time()
+        if self._router.wait_s(request.model):
+            await self._admitted(request, deadline)
+            left_s = deadline - asyncio.get_running_loop().time()
         if left_s <= 0:
             raise unavailable(request.model, "did not answer in time", out_of_time=True)
         request = replace(request, timeout_s=left_s)
@@ -197,10 +199,10 @@ class ModelCalls:
                 error.fields["cost"] = spent
             raise
         finally:
-            # The caller gave up, unless the call has ended.
-            spent = self._given_up(attempt, request, texts)
-            if request.bill is not None:
-                request.bill.cost += spent
+            if not attempt.settled:
+                spent = self._given_up(attempt, request, texts)
+                if request.bill is not None:
+                    request.bill.cost += spent
 
     def _given_up(self, attempt: Attempt, request: ModelRequest, texts: list[str]) -> float:
         """Settle a call that its caller leaves: a fault of a model that says nothing at all, for

@@ -42,7 +42,6 @@ _CROWDED_S = 1.0
 _LONGEST_LIMIT_S = 600.0
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 30.0
-_MOST_KEPT = 1_000
 # What another endpoint, or another key, may well answer: no credit, no right, no such model.
 _ELSEWHERE = (401, 402, 403, 404)
 
@@ -135,7 +134,7 @@ class Router:
             endpoint.name: _Model(endpoint, position, Breaker(settings.breaker), metrics)
             for position, endpoint in enumerate(catalog.endpoints)
         }
-        self._alone: dict[tuple[str, str, str], Choice] = {}
+        self._alone: dict[tuple[object, ...], Choice] = {}
         # What nobody asks about need not be found out.
         self.compares = len(self._models) > 1
         self.minds_images = any(
@@ -157,6 +156,18 @@ class Router:
             ModelNotFoundError: the forced model does not exist.
             NoModelError: no model may be used.
         """
+        if self.compares:
+            return self._chosen(step)
+        # With one model, what bars it is all that there is to decide, and seldom changes.
+        if step.overflowed is not None or step.budget is not None or step.goes_on is not None:
+            return self._chosen(step)
+        bars = (step.kind, step.forced, step.allowed, step.images, step.tools, step.output_schema)
+        found = self._alone.get(bars)
+        if found is None:
+            found = self._alone[bars] = self._chosen(step)
+        return found
+
+    def _chosen(self, step: Step) -> Choice:
         if step.forced is not None:
             self.catalog.resolve(step.forced)
         if step.overflowed in self._models:
@@ -164,7 +175,7 @@ class Router:
             step = replace(step, outgrown=window or 0)
         ordered, reason = self._ordered(step)
         if len(ordered) == 1 and step.goes_on in (None, ordered[0].name):
-            return self._only(step, ordered[0].name, reason)
+            return Choice(ordered[0].name, Route(step.kind, [ordered[0].name], reason))
         if step.goes_on is not None:
             # Whatever else is better: two models' texts are never spliced.
             others = [m.name for m in ordered if m.name != step.goes_on]
@@ -184,16 +195,6 @@ class Router:
             hedge = others[0] if others else None
         route = Route(step.kind, [m.name for m in ordered], reason, held_out, hedge)
         return Choice(best.name, route)
-
-    def _only(self, step: Step, model: str, reason: str) -> Choice:
-        """Return the choice that there is; kept, because with one model it is always the same."""
-        key = (step.kind, model, reason)
-        found = self._alone.get(key)
-        if found is None:
-            if len(self._alone) >= _MOST_KEPT:
-                self._alone.clear()
-            found = self._alone[key] = Choice(model, Route(step.kind, [model], reason))
-        return found
 
     def has_other(self, route: Route | None, model: str, lost: Sequence[str] = ()) -> bool:
         """Return whether a candidate of a route other than this model, and than those that are
@@ -342,7 +343,8 @@ class Router:
         if spent:
             model.cost.inc(spent)
         if outcome == "answered" and model.chats and self._always_large is not None:
-            large = cost(self._always_large.price, usage, seconds)
+            same = self._always_large is model.endpoint.card
+            large = spent if same else cost(self._always_large.price, usage, seconds)
             if large:
                 self._metrics.always_large_cost.inc(large)
         return spent
@@ -375,7 +377,7 @@ class Attempt:
     """One call of a model under way. Exactly one of its methods is to be called, once; what is
     called behind that does nothing. Each returns the cost in US dollars."""
 
-    __slots__ = ("_router", "_settled", "began_at", "model", "probe", "route")
+    __slots__ = ("_router", "began_at", "model", "probe", "route", "settled")
 
     def __init__(self, router: Router, model: _Model, route: Route | None) -> None:
         self._router = router
@@ -383,7 +385,8 @@ class Attempt:
         self.route = route
         self.began_at = router._clock.monotonic()  # pyright: ignore[reportPrivateUsage]
         self.probe = model.breaker.begun()
-        self._settled = False
+        self.settled = False
+        """It has ended, and was taken down."""
         model.running += 1
 
     def spoke(self) -> None:
@@ -408,9 +411,9 @@ class Attempt:
         return self._end("cancelled", usage, None)
 
     def _end(self, outcome: str, usage: Usage, error: ModelError | None) -> float:
-        if self._settled:
+        if self.settled:
             return 0.0
-        self._settled = True
+        self.settled = True
         return self._router.settle(self, outcome, usage, error)
 
 

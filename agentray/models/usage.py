@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -82,9 +82,12 @@ def usage_of(answer: bytes) -> Usage:
     return usage_in(usage_said(answer))
 
 
-def prompt_bytes(messages: Iterable[bytes]) -> int:
+def prompt_bytes(messages: Sequence[bytes]) -> int:
     """Return how large messages are in their JSON, to estimate their tokens by: an image that is
     within them counts as much as its tokens would, not as its bytes do."""
+    sizes = list(map(len, messages))
+    if not sizes or max(sizes) <= _IMAGE_BYTES:
+        return sum(sizes)
     return sum(map(_text_bytes, messages))
 
 
@@ -94,11 +97,8 @@ def has_image(message: bytes) -> bool:
 
 
 def _text_bytes(message: bytes) -> int:
-    size = len(message)
-    if size > _IMAGE_BYTES:
-        for url in _IMAGE_URL.finditer(message):
-            size -= max(0, url.end() - url.start() - _IMAGE_BYTES)
-    return size
+    urls = _IMAGE_URL.finditer(message) if len(message) > _IMAGE_BYTES else ()
+    return len(message) - sum(max(0, url.end() - url.start() - _IMAGE_BYTES) for url in urls)
 
 
 def _object(said: object) -> Mapping[str, object]:

@@ -38,8 +38,9 @@ class PatientModels:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[ModelProgress]:
         """Call and yield progress. Raises as ``ModelCaller.stream`` does."""
         clock = self._clock
-        ends_at = None if request.timeout_s is None else clock.monotonic() + request.timeout_s
-        give_up_at = clock.monotonic() + self._patience_s
+        began_at = clock.monotonic()
+        ends_at = None if request.timeout_s is None else began_at + request.timeout_s
+        give_up_at = began_at + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
             answer = cast("AsyncGenerator[ModelProgress]", self._models.stream(request))

@@ -37,16 +37,18 @@ def step_of(
     """Return what the router is to know of the turn's next model call.
 
     ``preferred`` is the model to be taken if it can be, ``tools`` the number of those offered.
-    Images are only looked for if a model ``minds_images``, and the difficulty is only estimated if
-    the router ``compares`` models.
+    Images are only looked for if a model ``minds_images``, and difficulty and size are only
+    estimated if the router ``compares`` models.
     """
     asked = turn.messages[0]
     schema = output_schema(turn, agent) is not None
     kind = step_kind(asked, step=turn.step, tools=bool(tools), output_schema=schema)
     window = state.window
-    size = prompt_bytes(window) + prompt_bytes(turn.messages) + len(turn.text)
-    size += len(agent.instructions)
     cap = rules.step_cost_cap
+    size = 0
+    if compares or cap is not None:
+        size = prompt_bytes(window) + prompt_bytes(turn.messages) + len(turn.text)
+        size += len(agent.instructions)
     return Step(
         kind=kind,
         difficulty=difficulty(
