@@ -25,7 +25,7 @@ from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
 from agentray.models.serving import app_name
 
-__all__ = ["HOSTS_APP", "connect", "main", "report_failure"]
+__all__ = ["HOSTS_APP", "answers", "connect", "main", "report_failure"]
 
 HOSTS_APP = "hosts"
 _POLL_S = 0.1
@@ -116,7 +116,7 @@ def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
     waiting = {target.name for target in targets}
     while waiting:
         for name in waiting & _running(serve.status(), waiting):
-            if name != HOSTS_APP or _answers(settings):
+            if name != HOSTS_APP or answers(settings, "/healthz"):
                 waiting.remove(name)
                 say(RUNNING, name)
         time.sleep(_POLL_S)
@@ -132,11 +132,14 @@ def _running(status: Any, names: set[str]) -> set[str]:
     return {name for name, app in status.applications.items() if app.status == "RUNNING"}
 
 
-def _answers(settings: Settings) -> bool:
-    """Return whether a session host answers at the front door."""
+def answers(settings: Settings, path: str) -> bool:
+    """Return whether the front door has an answer to ``GET path`` by now.
+
+    Serve says that a replica runs before HAProxy knows of it.
+    """
     connection = HTTPConnection(door(settings.http), settings.http.port, timeout=5)
     try:
-        connection.request("GET", "/healthz")
+        connection.request("GET", path)
         return connection.getresponse().status == 200
     except (OSError, HTTPException):
         return False

@@ -16,7 +16,7 @@ import time
 from importlib import import_module
 from typing import Any
 
-from agentray.app.deploy import connect, report_failure
+from agentray.app.deploy import answers, connect, report_failure
 from agentray.app.jobs import BROKEN, RUNNING, say
 from agentray.config.settings import Settings
 from agentray.models import serving
@@ -67,14 +67,19 @@ def _load(settings: Settings) -> None:
             reports = {}
         for name in sorted(waiting):
             report = reports.get(serving.app_name(name))
-            health = serving.health_of(report, on_demand=models[name].min_replicas == 0)
-            if health.healthy:
+            on_demand = models[name].min_replicas == 0
+            health = serving.health_of(report, on_demand=on_demand)
+            if health.healthy and (on_demand or answers(settings, _listing(name))):
                 say(RUNNING, name)
                 waiting.remove(name)
             elif report is not None and report.status in serving.FAILED_STATUSES:
                 say(BROKEN, f"{name} {health.reason}")
                 waiting.remove(name)
         time.sleep(_POLL_S)
+
+
+def _listing(name: str) -> str:
+    return f"{serving.route_prefix(name)}/v1/models"
 
 
 def _build(name: str, settings: Settings) -> Any:

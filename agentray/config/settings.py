@@ -276,6 +276,12 @@ class RoutingSettings(_Section):
     step_cost_cap: float | None = Field(
         default=None, gt=0, description="Most US dollars that one step may cost, all its calls."
     )
+    session_budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="US dollars that a session may cost before it gets the cheapest models: they"
+        " come first from four fifths of it on. Nothing is refused.",
+    )
     hedge_after_s: Seconds | None = Field(
         default=None,
         description="Wait for a first token, after which another model is called as well.",

@@ -49,8 +49,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     use (all if none), ``preferred`` is its first choice, ``kept`` the model of the tool loop that
     the step belongs to, ``goes_on`` the one whose text is to be continued. ``lost`` are models
     that failed this step already, ``overflowed`` is one whose context window was too short and
-    ``outgrown`` that window's tokens, 0 if they are not known. ``budget`` is what may still be
-    spent, in US dollars.
+    ``outgrown`` that window's tokens, 0 if they are not known. ``budget`` is what the step may
+    still cost and ``session_left`` what its session should, in US dollars; ``frugal`` says that
+    the session has spent most of its budget.
     """
 
     kind: StepKind
@@ -70,6 +71,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     outgrown: int = 0
     escalated: bool = False
     budget: float | None = None
+    session_left: float | None = None
+    frugal: bool = False
 
     @property
     def usage(self) -> Usage:
@@ -128,12 +131,12 @@ def _is_longer(step: Step, model: Candidate) -> bool:
     return model.name != step.overflowed and (window is None or window > step.outgrown)
 
 
-def _affordable(step: Step, model: Candidate) -> bool:
-    if step.budget is None:
+def _affordable(step: Step, model: Candidate, budget: float | None) -> bool:
+    if budget is None:
         return True
     # Output is only counted where it is bounded: an estimate must not rule out what would fit.
     usage = Usage(step.prompt_tokens, step.output_tokens or 0)
-    return cost(model.card.price, usage, 0.0) <= step.budget
+    return cost(model.card.price, usage, 0.0) <= budget
 
 
 BARS: tuple[Bar, ...] = (
@@ -157,7 +160,15 @@ BARS: tuple[Bar, ...] = (
     Bar("its context window is too short", _is_longer, soft=True),
     # An estimate: where it rules out all, the model itself is asked.
     Bar("its context window is too short", _fits_window, soft=True),
-    Bar("it costs more than the step may", _affordable),
+    Bar(
+        "it costs more than the step may",
+        lambda step, model: _affordable(step, model, step.budget),
+    ),
+    Bar(
+        "it costs more than its session has left",
+        lambda step, model: _affordable(step, model, step.session_left),
+        soft=True,
+    ),
 )
 
 
@@ -188,6 +199,10 @@ def ranks(threshold: float, region: str | None) -> tuple[Rank, ...]:
         Rank(
             lambda step, model: "kept for the tool loop",
             lambda step, model: step.kept is not None and step.kept != model.name,
+        ),
+        Rank(
+            lambda step, model: "cheapest, its session's budget is nearly spent",
+            lambda step, model: _price(step, model) if step.frugal else 0.0,
         ),
         Rank(
             lambda step, model: "the agent prefers it",

@@ -7,6 +7,7 @@ have neither.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ FAILED_STATUSES = ("DEPLOY_FAILED", "UNHEALTHY")
 """What Serve calls an application whose replicas do not start, or no longer answer."""
 
 _POLL_S = 2.0
+_CPU_NICENESS = 10
 _REASON_CHARS = 500
 _LOG_TAIL_BYTES = 256 * 1024
 
@@ -129,22 +131,27 @@ def build_served_app(name: str, served: ServedModelSettings, *, drain_s: float) 
     """
     # Ray's types are incomplete.
     llm: Any = import_module("ray.serve.llm")
-    config = llm.LLMConfig(
-        **config_fields(name, served, drain_s=drain_s), server_cls=_telling_server()
-    )
+    server = _server_class(on_cpu=served.accelerator == "cpu")
+    config = llm.LLMConfig(**config_fields(name, served, drain_s=drain_s), server_cls=server)
     return llm.build_openai_app({"llm_configs": [config]})
 
 
-def _telling_server() -> Any:
-    """Return Ray's server with one change: if its start fails, it tells the reason in one line.
+def _server_class(*, on_cpu: bool) -> Any:
+    """Return Ray's server with two changes.
 
-    vLLM's engine is a process of its own. Of its failure Serve would only hear that there was one.
+    If its start fails, it tells the reason in one line: vLLM's engine is a process of its own, and
+    of its failure Serve would only hear that there was one. On the CPU it leaves the cores to
+    everything else first.
     """
     base: Any = import_module("ray.serve.llm.deployment").LLMServer
 
     # The name is shown by Serve, as Ray's own would be.
     class LLMServer(base):
         async def start(self) -> None:
+            if on_cpu:
+                # Of this thread and all that it starts, the engine first of all: owners of sessions
+                # have to say in time that they live.
+                os.nice(_CPU_NICENESS)
             # The engine inherits them, and writes its traceback to either.
             logs = [Path("/proc/self/fd/1"), Path("/proc/self/fd/2")]
             began = [_size(log) for log in logs]

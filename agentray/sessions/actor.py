@@ -109,6 +109,7 @@ class SessionActor:
         started: str | None = None,
         ended: str | None = None,
         ended_status: str | None = None,
+        cost: float = 0.0,
     ) -> tuple[Append, Sequence[AnyEvent]]:
         """Return the recorded events as an append, and themselves."""
         events, self.recorded = self.recorded, []
@@ -123,6 +124,7 @@ class SessionActor:
             started_turn=started,
             ended_turn=ended,
             ended_status=ended_status,
+            cost=cost,
         )
         return append, events
 

@@ -199,6 +199,7 @@ class OwnerProcess:
             recovery_attempts=sessions.recovery_attempts,
             step_timeout_s=self.settings.models.step_timeout_s,
             step_cost_cap=self.settings.models.routing.step_cost_cap,
+            session_budget=self.settings.models.routing.session_budget,
         )
 
     async def start(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentray.events import AnyEvent, decode_event
+from agentray.events import AnyEvent, TurnFinished, decode_event
 from agentray.sessions.state import JournalCorruptError, Rules, SessionState, fold
 from agentray.storage.base import DurableStore, HotCopy, SessionRow
 
@@ -29,7 +29,8 @@ async def restore(
         StorageError: it cannot be read.
     """
     if copy is not None:
-        state = SessionState(copy.seq, copy.turns, copy.window[-rules.window_turns :])
+        window = copy.window[-rules.window_turns :]
+        state = SessionState(copy.seq, copy.turns, window, cost=copy.cost)
         while state.seq < row.last_seq:
             bodies = await store.events(
                 row.tenant, row.id, after=state.seq, limit=_PAGE, up_to=row.last_seq
@@ -42,7 +43,8 @@ async def restore(
         await store.recent_events(row.tenant, row.id, turns=rules.window_turns + 1), row
     )
     begun = sum(event.__struct_config__.tag == "turn.accepted" for event in events)
-    base = SessionState(seq=events[0].seq - 1, turns=row.turns - begun)
+    spent = sum(event.cost for event in events if isinstance(event, TurnFinished))
+    base = SessionState(seq=events[0].seq - 1, turns=row.turns - begun, cost=row.cost - spent)
     return fold(base, events, rules)
 
 

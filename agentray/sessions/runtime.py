@@ -225,10 +225,10 @@ class SessionRuntime:
             )
         )
         actor.cancel_requested = False
-        await self._flush(actor, ended=turn.id, ended_status=end.status)
+        await self._flush(actor, ended=turn.id, ended_status=end.status, cost=turn.cost)
         self._metrics.turns.labels(end.status).inc()
         state = actor.state
-        copy = HotCopy(actor.epoch, state.seq, state.turns, state.window)
+        copy = HotCopy(actor.epoch, state.seq, state.turns, state.window, state.cost)
         self._hot.save(actor.tenant, actor.id, copy, newest=1)
 
     # Tool calls
@@ -314,8 +314,11 @@ class SessionRuntime:
         started: str | None = None,
         ended: str | None = None,
         ended_status: str | None = None,
+        cost: float = 0.0,
     ) -> None:
-        append, events = actor.take_append(started=started, ended=ended, ended_status=ended_status)
+        append, events = actor.take_append(
+            started=started, ended=ended, ended_status=ended_status, cost=cost
+        )
         await self._journal.append(append)
         self._landed(actor, events)
 

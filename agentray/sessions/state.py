@@ -90,6 +90,7 @@ class Rules(msgspec.Struct, frozen=True):
     recovery_attempts: int = 5
     step_timeout_s: float = 300.0
     step_cost_cap: float | None = None
+    session_budget: float | None = None
 
 
 class ToolState(msgspec.Struct, frozen=True):
@@ -184,12 +185,14 @@ Command = CallModel | RunModel | RecoverModel | CallTools | SettleUnknown | EndT
 
 
 class SessionState(msgspec.Struct, frozen=True):
-    """All that a session needs to go on. ``window`` has a fragment for each past turn shown."""
+    """All that a session needs to go on. ``window`` has a fragment for each past turn shown,
+    ``cost`` is that of the turns that ended, in US dollars."""
 
     seq: int = 0
     turns: int = 0
     window: tuple[bytes, ...] = ()
     turn: Turn | None = None
+    cost: float = 0.0
 
 
 CANCELLED = EndTurn("cancelled", TurnError("cancelled", "the turn was cancelled"))
@@ -219,16 +222,17 @@ def advance(
             raise JournalCorruptError(f"{event.turn_id} begins while {turn.id} runs")
         begun = Turn(event.turn_id, event.agent, event.options, (input_fragment(event.input),))
         return (
-            SessionState(event.seq, state.turns + 1, state.window, begun),
+            SessionState(event.seq, state.turns + 1, state.window, begun, state.cost),
             (CallModel(1, 1),),
         )
     if turn is None or turn.id != event.turn_id:
         raise JournalCorruptError(f"event {event.seq} belongs to no running turn")
     if isinstance(event, TurnFinished):
         shown = (*state.window, _past(turn))[-rules.window_turns :]
-        return SessionState(event.seq, state.turns, shown, None), _NOTHING
+        cost = state.cost + event.cost
+        return SessionState(event.seq, state.turns, shown, None, cost), _NOTHING
     turn, commands = _IN_TURN[type(event)](turn, event, rules)
-    return SessionState(event.seq, state.turns, state.window, turn), commands
+    return SessionState(event.seq, state.turns, state.window, turn, state.cost), commands
 
 
 def _past(turn: Turn) -> bytes:

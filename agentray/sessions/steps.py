@@ -19,6 +19,7 @@ __all__ = [
     "tokens_left",
 ]
 
+_FRUGAL_FROM = 0.8
 STEP_TIMEOUT = "step_timeout"
 STEP_COST = "step_cost_cap"
 
@@ -44,7 +45,8 @@ def step_of(
     schema = output_schema(turn, agent) is not None
     kind = step_kind(asked, step=turn.step, tools=bool(tools), output_schema=schema)
     window = state.window
-    cap = rules.step_cost_cap
+    cap, session_budget = rules.step_cost_cap, rules.session_budget
+    spent = state.cost + turn.cost
     size = 0
     if compares or cap is not None:
         size = prompt_bytes(window) + prompt_bytes(turn.messages) + len(turn.text)
@@ -71,6 +73,8 @@ def step_of(
         overflowed=turn.overflowed,
         escalated=turn.escalated,
         budget=None if cap is None else max(0.0, cap - turn.step_cost),
+        session_left=None if session_budget is None else max(0.0, session_budget - spent),
+        frugal=session_budget is not None and spent >= _FRUGAL_FROM * session_budget,
     )
 
 

@@ -303,6 +303,8 @@ class TailWriter:
             written.append((call, call.sent, text))
             call.sent += len(text)
             call.sent_bytes += len(body)
-        if tails:
-            await self._wire.write_tails(tails)
+        if tails and not await self._wire.write_tails(tails):
+            # It may have lost all that it had: a part behind a hole would be worth nothing.
+            for call in self._calls.values():
+                call.sent = call.sent_bytes = 0
         return written

@@ -41,6 +41,7 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
     ``events`` are JSON, for ``first_seq``, ``first_seq + 1``, and so on. The append lands whole
     or not at all, and only if ``epoch`` is the session's and ``first_seq`` follows its last. With
     ``inbox`` it lands only if the session's is the same: no turn was accepted by others meanwhile.
+    ``cost`` is that of the turn that ended, in US dollars.
     """
 
     tenant: str
@@ -53,6 +54,7 @@ class Append(msgspec.Struct, frozen=True, kw_only=True):
     started_turn: str | None = None
     ended_turn: str | None = None
     ended_status: str | None = None
+    cost: float = 0.0
 
     @property
     def last_seq(self) -> int:
@@ -74,7 +76,10 @@ class AppendResult(msgspec.Struct, frozen=True):
 
 
 class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of ``sessions``; times in seconds since the epoch, by PostgreSQL's clock."""
+    """A row of ``sessions``; times in seconds since the epoch, by PostgreSQL's clock.
+
+    ``cost`` is that of all turns that ended, in US dollars.
+    """
 
     tenant: str
     id: str
@@ -94,6 +99,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     last_seq: int
     inbox: int
     turns: int
+    cost: float = 0.0
     open_turns: int
     latest_turn: str | None
 
@@ -308,6 +314,7 @@ class HotCopy(msgspec.Struct, frozen=True):
     seq: int
     turns: int
     window: tuple[bytes, ...]
+    cost: float = 0.0
 
 
 class HotStore(Protocol):
@@ -342,7 +349,10 @@ class Wire(Protocol):
         ...
 
     async def read_tail(self, key: str) -> bytes | None:
-        """Return the text of a call in flight, or None where it is lost or has a hole."""
+        """Return the text of a call in flight, or None where it is lost or has a hole.
+
+        A server that does not answer is asked again for some seconds.
+        """
         ...
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:

@@ -110,6 +110,7 @@ class _Head(msgspec.Struct, omit_defaults=True):
     started: str | None = None
     ended: str | None = None
     status: str | None = None
+    cost: float = 0.0
 
 
 def _head(append: Append) -> _Head:
@@ -123,6 +124,7 @@ def _head(append: Append) -> _Head:
         started=append.started_turn,
         ended=append.ended_turn,
         status=append.ended_status,
+        cost=append.cost,
     )
     if (born := append.born) is not None:
         head.born, head.key, head.hash = born.turn_id, born.idempotency_key, born.request_hash

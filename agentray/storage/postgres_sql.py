@@ -33,7 +33,7 @@ _SESSION_COLUMNS = """
   extract(epoch FROM s.updated_at)::float8 AS updated_at,
   extract(epoch FROM s.expires_at)::float8 AS expires_at,
   coalesce(s.expires_at <= now(), false) AS expired,
-  s.epoch, s.owner, s.last_seq, s.inbox, s.turns, s.latest_turn
+  s.epoch, s.owner, s.last_seq, s.inbox, s.turns, s.cost, s.latest_turn
 """
 
 _OPEN = """

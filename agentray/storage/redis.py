@@ -21,6 +21,7 @@ __all__ = ["RedisStore"]
 _FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
 _TAIL_TTL_S = 900
 _RETRY_PAUSE_S = 0.5
+_TAIL_PATIENCE_S = 2.0
 _GATHER_S = 0.005
 _MAX_PENDING_SAVES = 10_000
 _KEEPALIVE: dict[str, Any] = {
@@ -32,9 +33,9 @@ _KEEPALIVE: dict[str, Any] = {
     },
 }
 
-# A copy is one list, so that it is evicted whole: "epoch seq turns", then the window's entries.
-# ARGV: epoch, seq, turns, time to live in ms, the seq that the stored copy must have for the new
-# entries to follow it (-1: replace), the window's bound, then the entries.
+# A copy is one list, so that it is evicted whole: "epoch seq turns cost", then the entries of the
+# window. ARGV: epoch, seq, "turns cost", time to live in ms, the seq that the stored copy must have
+# for the new entries to follow it (-1: replace), the bound of the window, then the entries.
 # Returns 1 if stored, 0 if the stored copy is newer, -1 if entries are missing.
 _SAVE = """
 local head = redis.call('LINDEX', KEYS[1], 0) or '-1 -1 '
@@ -144,8 +145,8 @@ class RedisStore:
             return None
         if not stored:
             return None
-        epoch, seq, turns = map(int, stored[0].split())
-        return HotCopy(epoch, seq, turns, tuple(stored[1:]))
+        epoch, seq, turns, cost = stored[0].split()
+        return HotCopy(int(epoch), int(seq), int(turns), tuple(stored[1:]), float(cost))
 
     def save(self, tenant: str, session_id: str, copy: HotCopy, *, newest: int) -> None:
         key = (tenant, session_id)
@@ -201,7 +202,7 @@ class RedisStore:
                 self._save_sha,
                 1,
                 name,
-                *(save.copy.epoch, save.copy.seq, save.copy.turns),
+                *(save.copy.epoch, save.copy.seq, f"{save.copy.turns} {save.copy.cost!r}"),
                 *(int(self._settings.hot_ttl_s * 1000), save.follows, self._window_turns),
                 *entries,
             )
@@ -244,11 +245,17 @@ class RedisStore:
         return True
 
     async def read_tail(self, key: str) -> bytes | None:
-        try:
-            text: bytes | None = await self._redis.get(f"ar:tail:{key}")
-        except _FAILURES:
-            self._failed()
-            return None
+        deadline = self._clock.monotonic() + _TAIL_PATIENCE_S
+        while True:
+            try:
+                text: bytes | None = await self._redis.get(f"ar:tail:{key}")
+                break
+            except _FAILURES:
+                self._failed()
+                # What clients were shown must not be forgotten for one answer that came late.
+                if self._clock.monotonic() >= deadline:
+                    return None
+                await asyncio.sleep(_RETRY_PAUSE_S)
         # SETRANGE fills what it skips with zeros: a hole is where the server lost a part.
         return None if text is None or b"\0" in text else text
 

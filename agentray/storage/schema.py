@@ -36,6 +36,7 @@ MIGRATIONS: tuple[str, ...] = (
         last_seq      bigint NOT NULL DEFAULT 0,
         inbox         bigint NOT NULL DEFAULT 0,
         turns         bigint NOT NULL DEFAULT 0,
+        cost          float8 NOT NULL DEFAULT 0,
         latest_turn   text,
         PRIMARY KEY (tenant, id)
     ) WITH (fillfactor = 70);
@@ -240,7 +241,7 @@ MIGRATIONS: tuple[str, ...] = (
             SELECT * FROM json_to_recordset(heads) AS a(
                 tenant text, id text, epoch bigint, first_seq bigint, n int, inbox bigint,
                 born text, key text, hash text, options text,
-                started text, ended text, status text)
+                started text, ended text, status text, cost float8)
         LOOP
             done := done + a.n;
             SELECT t.epoch, t.last_seq, t.inbox INTO s FROM sessions t
@@ -280,6 +281,7 @@ MIGRATIONS: tuple[str, ...] = (
                     last_seq = at_seq,
                     updated_at = now(),
                     turns = t.turns + (a.born IS NOT NULL OR a.started IS NOT NULL)::int,
+                    cost = t.cost + coalesce(a.cost, 0),
                     latest_turn = coalesce(a.born, t.latest_turn)
                 WHERE t.tenant = a.tenant AND t.id = a.id;
                 IF a.started IS NOT NULL THEN

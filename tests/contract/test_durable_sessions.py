@@ -105,7 +105,8 @@ async def test_a_fork_has_all_up_to_its_place_and_goes_its_own_way(store: Postgr
     for n in range(3):
         first = 1 + 3 * n
         await put(store, lines("s", epoch, first, 2, born=born(f"t{n}", f"k{n}")))
-        await put(store, lines("s", epoch, first + 2, ended_turn=f"t{n}", ended_status="completed"))
+        end = lines("s", epoch, first + 2, ended_turn=f"t{n}", ended_status="completed", cost=0.25)
+        await put(store, end)
     fork = await store.fork_session(T, "s", "f", 6)
     assert fork is not None
     assert (fork.last_seq, fork.turns, fork.latest_turn, fork.owner) == (6, 2, "t1", None)
@@ -119,7 +120,10 @@ async def test_a_fork_has_all_up_to_its_place_and_goes_its_own_way(store: Postgr
     claimed = await claim(store, "f", "me")
     assert claimed is not None
     assert await put(store, lines("f", claimed.row.epoch, 7, born=born("n", "k0"))) == ["landed"]
-    assert (await row_of(store, "s")).last_seq == 9
+    source = await row_of(store, "s")
+    assert (source.last_seq, source.cost) == (9, 0.75)
+    # What it was made from is not paid for twice.
+    assert (await row_of(store, "f")).cost == 0.0
     assert await store.fork_session(T, "none", "g", 3) is None
 
 

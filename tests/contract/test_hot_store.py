@@ -47,7 +47,7 @@ async def redis(services: Services) -> AsyncIterator[Any]:
 def copy_at(seq: int, epoch: int = 1) -> HotCopy:
     """Return the copy of a session whose every event ended a turn."""
     window = tuple(f"{epoch}/{n}".encode() for n in range(max(1, seq - WINDOW + 1), seq + 1))
-    return HotCopy(epoch, seq, seq, window)
+    return HotCopy(epoch, seq, seq, window, seq / 8)
 
 
 def save(store: RedisStore, copy: HotCopy, name: str = "s") -> None:
@@ -80,9 +80,9 @@ async def test_what_follows_is_appended_and_the_window_stays_bounded(
     # Marked behind the store's back: what is sent again would take the mark away.
     await redis.lset(NAME, -1, b"mark")
     save(store, copy_at(4))
-    await stored(store, HotCopy(1, 4, 4, (b"1/1", b"1/2", b"mark", b"1/4")))
+    await stored(store, HotCopy(1, 4, 4, (b"1/1", b"1/2", b"mark", b"1/4"), 0.5))
     save(store, copy_at(5))
-    await stored(store, HotCopy(1, 5, 5, (b"1/2", b"mark", b"1/4", b"1/5")))
+    await stored(store, HotCopy(1, 5, 5, (b"1/2", b"mark", b"1/4", b"1/5"), 0.625))
 
 
 async def test_saves_that_come_at_once_are_one(store: RedisStore) -> None:
@@ -224,7 +224,6 @@ async def use_all(store: RedisStore) -> None:
     store.drop("t", "other")
     assert await store.load("t", "s") is None
     assert not await store.write_tails([("k", 0, b"x")])
-    assert await store.read_tail("k") is None
     await store.publish([("o", b"m")])
     await store.hint_owner("t", "s", "r")
     assert await store.owner_hint("t", "s") is None
@@ -292,6 +291,37 @@ async def test_a_tail_with_a_hole_is_no_tail(store: RedisStore, redis: Any) -> N
     await redis.flushall()
     await store.write_tails([("k", 2, b"cd")])
     assert await store.read_tail("k") is None
+
+
+async def test_a_tail_is_asked_for_again_while_the_server_does_not_answer(
+    services: Services, store: RedisStore
+) -> None:
+    pid = services.redis.pid
+    assert pid is not None
+    await store.write_tails([("k", 0, b"ab")])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        reading = asyncio.create_task(store.read_tail("k"))
+
+        async def has_failed() -> bool:
+            return store.failures > 0
+
+        await until(has_failed, "the first try fails")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await reading == b"ab"
+
+
+async def test_a_tail_of_a_server_that_stays_away_is_given_up(
+    services: Services, store: RedisStore
+) -> None:
+    pid = services.redis.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert await asyncio.wait_for(store.read_tail("k"), 5) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 async def test_a_tail_that_begins_anew_forgets_the_old_one(store: RedisStore, redis: Any) -> None:

@@ -62,10 +62,13 @@ async def test_an_answer_survives_the_death_of_its_owner_letter_for_letter(syste
         kill(found[0].pid)
         await running
 
-    assert [event.phase for event in events(system, "killed", TurnResumed)] == ["streaming"]
-    [voided] = events(system, "killed", ModelVoided)
-    assert voided.continues
-    assert 0 < len(voided.text) < len(turn.text)
+    # Once for the kill; a machine that stands still for seconds may cost another owner its term.
+    resumed = [event.phase for event in events(system, "killed", TurnResumed)]
+    assert set(resumed) == {"streaming"}
+    voided = events(system, "killed", ModelVoided)
+    assert len(voided) == len(resumed)
+    assert all(event.continues for event in voided)
+    assert 0 < len(voided[0].text) < len(turn.text)
     # The model is deterministic: continued, it says what it says uninterrupted. The limit of
     # tokens holds for each call, so the continued text is longer.
     assert len(whole.text) >= TOKENS // 2

@@ -170,6 +170,11 @@ def test_difficulty_is_never_more_than_one() -> None:
             {"a": {"price": {"output": 1.1}}, "b": {"price": {"output": 0.5}}},
             "it costs more than the step may",
         ),
+        (
+            {"prompt_tokens": 1_000_000, "session_left": 1.0},
+            {"a": {"price": {"input": 1.1}}, "b": {"price": {"input": 1.0}}},
+            "it costs more than its session has left",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_ruled_out(
@@ -191,8 +196,9 @@ def test_each_bar_fits_a_step_that_asks_for_nothing() -> None:
         ({"prompt_tokens": 100}, {"context_window": 10}),
         ({"output_schema": True}, {"output_schema": False}),
         ({"overflowed": "a"}, {}),
+        ({"prompt_tokens": 9, "session_left": 0.0}, {"price": {"input": 1.0}}),
     ],
-    ids=["an estimate", "a schema that can be checked", "less can be shown"],
+    ids=["an estimate", "a schema that can be checked", "less can be shown", "spent"],
 )
 def test_a_soft_bar_does_not_rule_the_last_one_out(
     about: dict[str, Any], card: dict[str, Any]
@@ -264,6 +270,11 @@ LARGE: dict[str, Any] = {"tier": "large"}
         ({}, {"a": {"away_s": 2.0}, "b": {"away_s": 1.0}}, "the others are unhealthy"),
         ({"escalated": True}, {"a": {**SMALL}, "b": {**LARGE}}, "escalated"),
         ({"kept": "b"}, {"a": {}, "b": {}}, "kept for the tool loop"),
+        (
+            {"frugal": True, "preferred": "a"},
+            {"a": {"price": {"output": 1.0}}, "b": {}},
+            "cheapest, its session's budget is nearly spent",
+        ),
         ({"preferred": "b"}, {"a": {}, "b": {}}, "the agent prefers it"),
         (
             {"difficulty": 0.49},

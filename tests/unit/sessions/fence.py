@@ -9,14 +9,19 @@ from agentray.sessions.actor import SessionActor
 from agentray.sessions.state import Rules, SessionState
 from agentray.storage.base import Append, AppendResult, SessionRow, TurnRow
 
-__all__ = ["Fence", "actor_of"]
+__all__ = ["Fence", "actor_of", "row_of"]
 
 FIRST_EPOCH = 100
 
 
 def actor_of(epoch: int, inbox: int, state: SessionState, rules: Rules) -> SessionActor:
     """Return a session in memory, as an owner has it behind a claim."""
-    row = SessionRow(
+    return SessionActor(row_of(epoch, inbox, state), state, rules)
+
+
+def row_of(epoch: int, inbox: int, state: SessionState) -> SessionRow:
+    """Return a session's row, as its owner wrote it last."""
+    return SessionRow(
         tenant="t",
         id="s",
         agent="assistant",
@@ -35,10 +40,10 @@ def actor_of(epoch: int, inbox: int, state: SessionState, rules: Rules) -> Sessi
         last_seq=state.seq,
         inbox=inbox,
         turns=state.turns,
+        cost=state.cost,
         open_turns=0,
         latest_turn=None,
     )
-    return SessionActor(row, state, rules)
 
 
 class Fence:

@@ -128,8 +128,8 @@ class Story:
     def resumed(self, phase: str = "accepted") -> Story:
         return self.tell(TurnResumed, phase=phase, epoch=7, owner="o")
 
-    def finished(self, status: str = "completed") -> Story:
-        return self.tell(TurnFinished, status=status)
+    def finished(self, status: str = "completed", cost: float = 0.0) -> Story:
+        return self.tell(TurnFinished, status=status, cost=cost)
 
     def window(self) -> list[Any]:
         return json.loads(b"[" + join(self.state.window) + b"]")

@@ -84,9 +84,10 @@ class MemoryWire:
     def __init__(self) -> None:
         self.tails: dict[str, bytes] = {}
 
-    async def write_tails(self, tails: list[tuple[str, int, bytes]]) -> None:
+    async def write_tails(self, tails: list[tuple[str, int, bytes]]) -> bool:
         for name, offset, body in tails:
             self.tails[name] = self.tails.get(name, b"")[:offset] + body
+        return True
 
     async def read_tail(self, name: str) -> bytes | None:
         return self.tails.get(name)

@@ -189,6 +189,23 @@ def test_what_a_step_may_still_cost_is_its_budget() -> None:
     assert step_for(story, rules=rules).budget == 0.0
 
 
+@pytest.mark.parametrize(
+    ("spent", "left", "frugal"),
+    [(0.0, 10.0, False), (7.99, 2.01, False), (8.0, 2.0, True), (11.0, 0.0, True)],
+)
+def test_a_session_turns_frugal_at_four_fifths_of_its_budget(
+    spent: float, left: float, frugal: bool
+) -> None:
+    rules = replace(RULES, session_budget=10.0)
+    story = Story(rules).accepted().called().answered(cost=spent / 2).finished(cost=spent / 2)
+    # What the running turn has cost counts as well.
+    story.accepted().called().voided(cost=spent / 2)
+    step = step_for(story, rules=rules)
+    assert (step.session_left, step.frugal) == (pytest.approx(left), frugal)
+    plain = step_for(story)
+    assert (plain.session_left, plain.frugal) == (None, False)
+
+
 def test_a_model_that_overflowed_is_shown_the_younger_half() -> None:
     story = Story().accepted().called(model="m1").voided(reason=CONTEXT_LENGTH)
     for window, half in (

@@ -390,6 +390,19 @@ async def test_a_wire_that_is_away_stops_no_text(streaming: Streaming) -> None:
     assert streaming.hub.visible == 3
 
 
+async def test_what_a_wire_could_not_take_is_written_when_it_is_back(streaming: Streaming) -> None:
+    streaming.say("äb")
+    await streaming.tails.stop()
+    streaming.wire.works = False
+    streaming.say("c")
+    await streaming.tails.stop()
+    streaming.wire.works = True
+    streaming.say("d")
+    await streaming.tails.stop()
+    assert streaming.wire.log[-1] == ("tail", (KEY, 0, "äbcd".encode()))
+    assert streaming.hub.visible == 4
+
+
 async def test_text_of_a_session_that_was_lost_meanwhile_is_not_shown(
     streaming: Streaming,
 ) -> None:

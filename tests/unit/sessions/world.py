@@ -439,7 +439,7 @@ class Owner:
         assert turn is not None
         actor.record(TurnFinished(**_stamp(actor), status=end.status, error=end.error))
         actor.cancel_requested = False
-        yield from self._flush(actor, ended=turn.id, ended_status=end.status)
+        yield from self._flush(actor, ended=turn.id, ended_status=end.status, cost=turn.cost)
         self.world.hot.append(actor.state)
         return ()
 
