@@ -22,7 +22,7 @@ from agentray.storage.redis_answers import RedisAnswers
 from agentray.telemetry.metrics import Metrics
 from tests.services import Services, until
 
-TIMEOUT_S = 0.3
+TIMEOUT_S = 1.0
 TERM_S = 30.0
 LEADS, WAITS, ALONE = FlightBegun("leads"), FlightBegun("waits"), FlightBegun("alone")
 BODIES, AGES, TOTAL = "ar:{answers}:bodies", "ar:{answers}:ages", "ar:{answers}:total"
