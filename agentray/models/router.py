@@ -245,6 +245,7 @@ class Router:
             and step.kept is None
             and not step.lost
             and step.overflowed is None
+            and not step.frugal
         )
 
     # Calling

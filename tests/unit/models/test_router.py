@@ -263,6 +263,7 @@ def test_what_is_held_out_says_what_it_would_have_been() -> None:
         {"goes_on": "small"},
         {"lost": ("large",)},
         {"overflowed": "large", "difficulty": 0.1},
+        {"frugal": True},
         {"allowed": ("small",)},
     ],
 )
