@@ -65,12 +65,13 @@ class Journal:
     owner: str | None
     turn_count: int
     parked_reason: str | None
+    cost: float
 
     @classmethod
     def read(cls, sql: Callable[..., list[tuple[Any, ...]]], session_id: str) -> Journal:
         # The session first: what is committed meanwhile makes the rest longer, never shorter.
         [session] = sql(
-            "SELECT last_seq, epoch, owner, turns, parked_reason FROM sessions WHERE id = %s",
+            "SELECT last_seq, epoch, owner, turns, parked_reason, cost FROM sessions WHERE id = %s",
             session_id,
         )
         turns = sql(
@@ -116,6 +117,7 @@ class Journal:
         for turn in turns:
             _assert_turn_sound(name, turn)
         assert end.turns == self.turn_count == len(turns), f"{name}: turns were counted wrongly"
+        assert abs(end.cost - self.cost) < 1e-9, f"{name}: its turns cost {end.cost}"
         self._assert_rows_agree(turns)
 
     def _assert_rows_agree(self, turns: list[TurnEvents]) -> None:

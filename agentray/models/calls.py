@@ -11,12 +11,12 @@ from msgspec.structs import replace
 
 from agentray.config.settings import ModelsSettings
 from agentray.errors import ModelError, ModelUnavailableError
-from agentray.events import ToolCall, Usage
+from agentray.events import ToolCall
 from agentray.models.base import Bill, ModelCaller, ModelProgress, ModelRequest
 from agentray.models.cache import CachedAnswer, ResponseCache, may_cache, request_key
 from agentray.models.refusals import unavailable
 from agentray.models.router import Attempt, Router
-from agentray.models.usage import BYTES_PER_TOKEN, prompt_bytes
+from agentray.models.usage import estimate
 
 __all__ = ["ModelCalls"]
 
@@ -194,7 +194,7 @@ class ModelCalls:
                     else:
                         yield _ended(request, attempt, texts, progress)
         except ModelError as error:
-            spent = attempt.lost(error, _estimate(request, texts))
+            spent = attempt.lost(error, estimate([request.messages], sum(map(len, texts))))
             if spent:
                 error.fields["cost"] = spent
             raise
@@ -210,7 +210,7 @@ class ModelCalls:
         since = self._silent_since.get(request.model)
         longest_s = self._settings.first_token_timeout_s
         if texts or since is None or asyncio.get_running_loop().time() - since < longest_s:
-            return attempt.cancelled(_estimate(request, texts))
+            return attempt.cancelled(estimate([request.messages], sum(map(len, texts))))
         return attempt.lost(unavailable(request.model, f"has said nothing for {longest_s:g} s"))
 
     async def _admitted(self, request: ModelRequest, deadline: float) -> None:
@@ -267,15 +267,6 @@ def _by(model: str, request: ModelRequest, progress: ModelProgress, beside: Bill
         return progress
     other = None if model == request.model else model
     return replace(progress, model=other, cost=progress.cost + beside.take())
-
-
-def _estimate(request: ModelRequest, texts: list[str]) -> Usage:
-    """Return what a call that did not end has used: nothing is known if it said nothing."""
-    if not texts:
-        return Usage()
-    said = sum(map(len, texts))
-    prompt = prompt_bytes([request.messages])
-    return Usage(prompt // BYTES_PER_TOKEN, -(-said // BYTES_PER_TOKEN))
 
 
 async def _first_good(tasks: list[asyncio.Future[ModelProgress]]) -> asyncio.Future[ModelProgress]:

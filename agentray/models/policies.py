@@ -164,11 +164,6 @@ BARS: tuple[Bar, ...] = (
         "it costs more than the step may",
         lambda step, model: _affordable(step, model, step.budget),
     ),
-    Bar(
-        "it costs more than its session has left",
-        lambda step, model: _affordable(step, model, step.session_left),
-        soft=True,
-    ),
 )
 
 
@@ -199,6 +194,11 @@ def ranks(threshold: float, region: str | None) -> tuple[Rank, ...]:
         Rank(
             lambda step, model: "kept for the tool loop",
             lambda step, model: step.kept is not None and step.kept != model.name,
+        ),
+        Rank(
+            # The others are still there if it fails: a session's budget refuses nothing.
+            lambda step, model: "the others cost more than its session has left",
+            lambda step, model: not _affordable(step, model, step.session_left),
         ),
         Rank(
             lambda step, model: "cheapest, its session's budget is nearly spent",

@@ -190,7 +190,8 @@ class Router:
                     reason = f"held out from the small tier, which had: {reason}"
                     break
         hedge = None
-        if self._settings.routing.hedge_after_s is not None and step.forced is None:
+        hedges = self._settings.routing.hedge_after_s is not None
+        if hedges and step.forced is None and not step.frugal:
             others = [m.name for m in ordered if m.name != best.name and not m.away_s]
             hedge = others[0] if others else None
         route = Route(step.kind, [m.name for m in ordered], reason, held_out, hedge)

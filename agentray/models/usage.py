@@ -91,6 +91,14 @@ def prompt_bytes(messages: Sequence[bytes]) -> int:
     return sum(map(_text_bytes, messages))
 
 
+def estimate(prompt: Sequence[bytes], said: int) -> Usage:
+    """Return what a call that did not end has used, which nobody counted: nothing is known if it
+    said nothing. ``said`` is the characters of its text."""
+    if not said:
+        return Usage()
+    return Usage(prompt_bytes(prompt) // BYTES_PER_TOKEN, -(-said // BYTES_PER_TOKEN))
+
+
 def has_image(message: bytes) -> bool:
     """Return whether there is an image in a message's JSON, or in several's."""
     return b'"image_url"' in message

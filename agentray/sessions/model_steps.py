@@ -24,8 +24,10 @@ from agentray.events import (
 )
 from agentray.memory.window import assemble
 from agentray.models.base import Bill, ModelCaller, ModelProgress, ModelRequest
+from agentray.models.catalog import cost
 from agentray.models.checks import output_problem, tool_calls_problem
 from agentray.models.router import Router, may_succeed_elsewhere
+from agentray.models.usage import estimate
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.state import (
     CANCELLED,
@@ -34,7 +36,6 @@ from agentray.sessions.state import (
     CallModel,
     Command,
     EndTurn,
-    RecoverModel,
     Turn,
 )
 from agentray.sessions.steps import (
@@ -46,8 +47,7 @@ from agentray.sessions.steps import (
     time_left_s,
     tokens_left,
 )
-from agentray.sessions.stream import TailWriter, tail_key
-from agentray.storage.base import Wire
+from agentray.sessions.stream import TailWriter
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.spec import Toolbox
@@ -71,7 +71,6 @@ class ModelSteps:
         agents: Agents,
         tools: Toolbox,
         tails: TailWriter,
-        wire: Wire,
         clock: Clock,
         metrics: Metrics,
         flush: Callable[[SessionActor], Awaitable[None]],
@@ -81,7 +80,6 @@ class ModelSteps:
         self._agents = agents
         self._tools = tools
         self._tails = tails
-        self._wire = wire
         self._clock = clock
         self._metrics = metrics
         self._flush = flush
@@ -172,14 +170,14 @@ class ModelSteps:
             error = ModelError("the call ended without an answer", cost=bill.cost)
         return await self._lost(actor, turn, text, error, progressed=bool(hub.text))
 
-    async def recover(self, actor: SessionActor, command: RecoverModel) -> tuple[Command, ...]:
+    def recover(self, actor: SessionActor) -> tuple[Command, ...]:
         """Void the attempt that died with its owner, and go on where its text ends."""
         turn = actor.turn
-        tail = await self._wire.read_tail(tail_key(actor.tenant, actor.id, command.called_seq))
-        text = turn.text + (tail or b"").decode()
+        tail = actor.tail.decode()
         # Of two models that were called, nobody knows which one spoke.
         continues = self._may_continue(turn) and not turn.hedged
-        return self._void(actor, OWNER_LOST, text, continues=continues)
+        cost = self._estimated_cost(actor, turn, tail)
+        return self._void(actor, OWNER_LOST, turn.text + tail, continues=continues, cost=cost)
 
     # The request
 
@@ -240,6 +238,17 @@ class ModelSteps:
             return None if schema is None else output_problem(turn.text + text, schema)
 
         return check
+
+    def _estimated_cost(self, actor: SessionActor, turn: Turn, said: str) -> float:
+        """Return what a call has cost of which only the text is known, in US dollars."""
+        if not said:
+            return 0.0
+        try:
+            price = self._router.catalog.resolve(turn.model).card.price
+        except ModelError:  # no longer in the catalog
+            return 0.0
+        prompt = [*actor.state.window, *turn.messages, turn.text.encode()]
+        return cost(price, estimate(prompt, len(said)), 0.0)
 
     def _may_continue(self, turn: Turn) -> bool:
         try:

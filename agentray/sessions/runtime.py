@@ -96,7 +96,6 @@ class SessionRuntime:
             agents=agents,
             tools=tools,
             tails=tails,
-            wire=wire,
             clock=clock,
             metrics=metrics,
             flush=self._flush,
@@ -144,12 +143,13 @@ class SessionRuntime:
         """Take over the turn that another owner left; return what is to be done next."""
         turn = actor.turn
         phase = turn.phase
-        tail: bytes | None = None
+        actor.tail = b""
         if phase == "model":
-            tail = await self._wire.read_tail(tail_key(actor.tenant, actor.id, turn.called_seq))
+            name = tail_key(actor.tenant, actor.id, turn.called_seq)
+            actor.tail = await self._wire.read_tail(name) or b""
         resumed = TurnResumed(
             **actor.stamp(self._clock.now()),
-            phase="streaming" if tail else phase,
+            phase="streaming" if actor.tail else phase,
             epoch=actor.epoch,
             owner=self._owner_id,
         )
@@ -206,7 +206,7 @@ class SessionRuntime:
             elif isinstance(command, RunModel):
                 following = await self._model_steps.run(actor)
             elif isinstance(command, RecoverModel):
-                following = await self._model_steps.recover(actor, command)
+                following = self._model_steps.recover(actor)
             elif isinstance(command, SettleUnknown):
                 following = await self._settle(actor, command.call, "unknown", UNKNOWN_OUTCOME)
             else:

@@ -82,7 +82,8 @@ class JournalCorruptError(SessionsError):
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """The bounds that an agent and the platform set for a turn."""
+    """The bounds that an agent and the platform set for a turn, and what its session may cost
+    before it gets the cheapest models, in US dollars."""
 
     window_turns: int = 20
     max_steps: int = 16

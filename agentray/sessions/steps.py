@@ -38,8 +38,8 @@ def step_of(
     """Return what the router is to know of the turn's next model call.
 
     ``preferred`` is the model to be taken if it can be, ``tools`` the number of those offered.
-    Images are only looked for if a model ``minds_images``, and difficulty and size are only
-    estimated if the router ``compares`` models.
+    Images are only looked for if a model ``minds_images``; difficulty is only estimated if the
+    router ``compares`` models, and size if it does or a step's cost is capped.
     """
     asked = turn.messages[0]
     schema = output_schema(turn, agent) is not None

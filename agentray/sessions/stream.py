@@ -22,6 +22,9 @@ from agentray.storage.base import TurnRow, Wire
 
 __all__ = ["Hub", "TailWriter", "WireMessage", "tail_key"]
 
+# A little longer than the wire tries nothing after a failure.
+_AGAIN_S = 0.6
+
 
 def tail_key(tenant: str, session_id: str, called_seq: int) -> str:
     """Return the name of the text that the call of ``model.called`` number ``called_seq`` left."""
@@ -209,12 +212,15 @@ class Hub:
 
 
 class _Call(msgspec.Struct):
+    """A running call, how much of its text the wire has, and how much was shown."""
+
     tenant: str
     session_id: str
     hub: Hub
     called_seq: int
     sent: int = 0
     sent_bytes: int = 0
+    shown: int = 0
 
 
 class TailWriter:
@@ -231,6 +237,7 @@ class TailWriter:
         self._dirty: dict[tuple[str, str], None] = {}
         self._outbox: list[tuple[str, bytes]] = []
         self._task: asyncio.Task[None] | None = None
+        self._again_soon = False
 
     def begin(self, tenant: str, session_id: str, hub: Hub) -> None:
         """A call begins, whose text will be the hub's."""
@@ -266,13 +273,14 @@ class TailWriter:
 
     async def _drain(self) -> None:
         while self._dirty or self._outbox:
-            written = await self._write()
-            if written:
+            grown = await self._write()
+            if grown:
                 await self._confirm()
-            for call, start, text in written:
+            for call, text in grown:
                 if not call.hub.local:
                     continue  # lost while this process slept: its text is nobody's any more
-                call.hub.show(call.called_seq, start + len(text))
+                start, call.shown = call.shown, call.shown + len(text)
+                call.hub.show(call.called_seq, call.shown)
                 if call.hub.followers and call.hub.called_seq == call.called_seq:
                     message = WireMessage(
                         kind="live",
@@ -286,25 +294,40 @@ class TailWriter:
             messages, self._outbox = self._outbox, []
             await self._wire.publish(messages)
 
-    async def _write(self) -> list[tuple[_Call, int, str]]:
+    async def _write(self) -> list[tuple[_Call, str]]:
+        """Write what grew, as far as the wire takes it; return what is to be shown of it."""
         keys, self._dirty = list(self._dirty), {}
-        written: list[tuple[_Call, int, str]] = []
+        grown: list[tuple[_Call, str]] = []
         tails: list[tuple[str, int, bytes]] = []
+        takes = self._wire.available
         for key in keys:
             call = self._calls.get(key)
             if call is None or call.hub.called_seq != call.called_seq:
                 continue
-            text = call.hub.text[call.sent :]
-            if not text:
-                continue
-            body = text.encode()
-            name = tail_key(call.tenant, call.session_id, call.called_seq)
-            tails.append((name, call.sent_bytes, body))
-            written.append((call, call.sent, text))
-            call.sent += len(text)
-            call.sent_bytes += len(body)
-        if tails and not await self._wire.write_tails(tails):
-            # It may have lost all that it had: a part behind a hole would be worth nothing.
-            for call in self._calls.values():
-                call.sent = call.sent_bytes = 0
-        return written
+            text = call.hub.text
+            if len(text) > call.shown:
+                grown.append((call, text[call.shown :]))
+            if takes and len(text) > call.sent:
+                body = text[call.sent :].encode()
+                name = tail_key(call.tenant, call.session_id, call.called_seq)
+                tails.append((name, call.sent_bytes, body))
+                call.sent = len(text)
+                call.sent_bytes += len(body)
+        if (keys and not takes) or (tails and not await self._wire.write_tails(tails)):
+            self._write_all_again()
+        return grown
+
+    def _write_all_again(self) -> None:
+        """Write all texts anew in a while: the wire may have lost what it had, and a part behind
+        a hole would be worth nothing."""
+        for call in self._calls.values():
+            call.sent = call.sent_bytes = 0
+        if not self._again_soon:
+            self._again_soon = True
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._begin_again)
+
+    def _begin_again(self) -> None:
+        self._again_soon = False
+        self._dirty.update((key, None) for key, call in self._calls.items() if call.hub.text)
+        if self._dirty:
+            self._wake()

@@ -75,7 +75,8 @@ class RedisStore:
     """``HotStore`` and ``Wire`` on a Redis server.
 
     Saves are gathered for some milliseconds and go out in one pipeline. After a failure nothing
-    is tried for half a second, so that a server that is away costs its callers nothing.
+    is tried for half a second, so that a server that is away costs its callers nothing; only a
+    takeover waits for the text of its call, for two seconds.
     """
 
     def __init__(
@@ -145,8 +146,12 @@ class RedisStore:
             return None
         if not stored:
             return None
-        epoch, seq, turns, cost = stored[0].split()
-        return HotCopy(int(epoch), int(seq), int(turns), tuple(stored[1:]), float(cost))
+        try:
+            epoch, seq, turns, cost = stored[0].split()
+            return HotCopy(int(epoch), int(seq), int(turns), tuple(stored[1:]), float(cost))
+        except ValueError:
+            # Of another version of agentray: the journal has it all.
+            return None
 
     def save(self, tenant: str, session_id: str, copy: HotCopy, *, newest: int) -> None:
         key = (tenant, session_id)
@@ -237,12 +242,20 @@ class RedisStore:
                 if offset == 0:
                     pipe.set(f"ar:tail:{key}", text, ex=_TAIL_TTL_S)
                 else:
+                    # Not APPEND: what a server did behind a timeout is done again.
+                    pipe.strlen(f"ar:tail:{key}")
                     pipe.setrange(f"ar:tail:{key}", offset, text)
-            await pipe.execute()
+            results = iter(await pipe.execute())
         except _FAILURES:
             self._failed()
             return False
-        return True
+        # A server that came back empty has a hole in front of what it was given.
+        whole = True
+        for _, offset, _ in tails:
+            if offset:
+                whole = next(results) >= offset and whole
+            next(results)
+        return whole
 
     async def read_tail(self, key: str) -> bytes | None:
         deadline = self._clock.monotonic() + _TAIL_PATIENCE_S

@@ -1,5 +1,8 @@
 """The schema of the durable tier, as migrations that run once, in order.
 
+Until the first release there is one, which is changed in place: a database of an earlier commit has
+to be made anew. From then on each change is a migration of its own.
+
 There are no foreign keys: every write of ``turns`` and ``events`` holds the lock of its session's
 row already, and a check a row would cost a tenth of an append. Keys are compared as bytes: they are
 ASCII, and the rules of a language would cost more than the rest of a look into an index.

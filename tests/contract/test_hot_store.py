@@ -72,6 +72,13 @@ async def test_what_is_saved_is_loaded(store: RedisStore, redis: Any) -> None:
     assert 0 < await redis.pttl(NAME) <= 86_400_000
 
 
+async def test_a_copy_of_another_version_is_none(store: RedisStore, redis: Any) -> None:
+    await redis.rpush(NAME, b"1 1 1", b"1/1")
+    assert await store.load("t", "s") is None
+    save(store, copy_at(2))
+    await stored(store, copy_at(2))
+
+
 async def test_what_follows_is_appended_and_the_window_stays_bounded(
     store: RedisStore, redis: Any
 ) -> None:
@@ -286,11 +293,13 @@ async def test_a_tail_is_what_was_written(store: RedisStore) -> None:
     assert await store.read_tail("none") is None
 
 
-async def test_a_tail_with_a_hole_is_no_tail(store: RedisStore, redis: Any) -> None:
+async def test_a_tail_whose_beginning_was_lost_is_no_tail(store: RedisStore, redis: Any) -> None:
     await store.write_tails([("k", 0, b"ab")])
     await redis.flushall()
-    await store.write_tails([("k", 2, b"cd")])
+    assert not await store.write_tails([("k", 2, b"cd"), ("l", 0, b"x"), ("l", 1, b"y")])
     assert await store.read_tail("k") is None
+    assert await store.write_tails([("k", 0, b"abcd")])
+    assert await store.read_tail("k") == b"abcd"
 
 
 async def test_a_tail_is_asked_for_again_while_the_server_does_not_answer(

@@ -343,6 +343,30 @@ async def test_all_attempts_together_cost_no_more_than_a_step_may(play: Play) ->
         await scene.still_answers()
 
 
+async def test_a_session_that_has_spent_its_budget_goes_on_with_the_cheapest_model(
+    play: Play,
+) -> None:
+    # A dollar a token, ten tokens an answer: the second one takes it over four fifths.
+    steps = answer("x" * 40, usage={"prompt_tokens": 5, "completion_tokens": 10})
+    async with (
+        speaking(script(steps)) as endpoint,
+        play(
+            endpoint.url,
+            bad={"card": {"price": {"output": 1e6}}},
+            routing={"session_budget": 25.0},
+        ) as scene,
+    ):
+        told = [await scene.run(sim("well", tokens=1)) for _ in range(3)]
+        assert [turn.models for turn in told] == [["bad"], ["bad"], ["simulator"]]
+        assert [turn.end.cost for turn in told] == [10.0, 10.0, 0.0]
+        [called] = told[2].called
+        assert called.route is not None
+        assert "budget is nearly spent" in called.route.reason
+        # Who asks for it by its name still gets it.
+        assert (await scene.run("hello", BAD)).models == ["bad"]
+        await scene.still_answers()
+
+
 async def test_a_slow_first_token_is_hedged_and_the_stream_is_one(play: Play) -> None:
     async with (
         speaking(script([SSE, HANG])) as endpoint,

@@ -170,11 +170,6 @@ def test_difficulty_is_never_more_than_one() -> None:
             {"a": {"price": {"output": 1.1}}, "b": {"price": {"output": 0.5}}},
             "it costs more than the step may",
         ),
-        (
-            {"prompt_tokens": 1_000_000, "session_left": 1.0},
-            {"a": {"price": {"input": 1.1}}, "b": {"price": {"input": 1.0}}},
-            "it costs more than its session has left",
-        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_ruled_out(
@@ -196,9 +191,8 @@ def test_each_bar_fits_a_step_that_asks_for_nothing() -> None:
         ({"prompt_tokens": 100}, {"context_window": 10}),
         ({"output_schema": True}, {"output_schema": False}),
         ({"overflowed": "a"}, {}),
-        ({"prompt_tokens": 9, "session_left": 0.0}, {"price": {"input": 1.0}}),
     ],
-    ids=["an estimate", "a schema that can be checked", "less can be shown", "spent"],
+    ids=["an estimate", "a schema that can be checked", "less can be shown"],
 )
 def test_a_soft_bar_does_not_rule_the_last_one_out(
     about: dict[str, Any], card: dict[str, Any]
@@ -271,6 +265,11 @@ LARGE: dict[str, Any] = {"tier": "large"}
         ({"escalated": True}, {"a": {**SMALL}, "b": {**LARGE}}, "escalated"),
         ({"kept": "b"}, {"a": {}, "b": {}}, "kept for the tool loop"),
         (
+            {"prompt_tokens": 1_000_000, "session_left": 1.0, "preferred": "a"},
+            {"a": {"price": {"input": 1.1}}, "b": {"price": {"input": 1.0}}},
+            "the others cost more than its session has left",
+        ),
+        (
             {"frugal": True, "preferred": "a"},
             {"a": {"price": {"output": 1.0}}, "b": {}},
             "cheapest, its session's budget is nearly spent",
@@ -325,12 +324,15 @@ def test_without_a_region_none_is_preferred() -> None:
         ({"preferred": "a"}, {"kept": "b"}),
         ({"kept": "a"}, {"lost": ("a",)}),
         ({"escalated": True}, {"lost": ("b",)}),
+        ({"prompt_tokens": 9, "session_left": 0.0, "frugal": True}, {"lost": ("a",)}),
+        ({"prompt_tokens": 9, "session_left": 0.0, "frugal": True}, {"escalated": True}),
+        ({"prompt_tokens": 9, "session_left": 0.0, "frugal": True}, {"kept": "b"}),
     ],
 )
 def test_what_was_learnt_of_a_model_is_more_than_what_was_wanted(
     weaker: dict[str, Any], stronger: dict[str, Any]
 ) -> None:
-    candidates = models(a={**SMALL}, b={**LARGE})
+    candidates = models(a={**SMALL}, b={**LARGE, "price": {"input": 1.0}})
     first = order(step(**weaker), candidates)[0][0].name
     both = order(step(**weaker, **stronger), candidates)[0][0].name
     assert both != first

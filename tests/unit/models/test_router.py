@@ -301,6 +301,12 @@ def test_the_best_of_the_others_hedges_if_that_is_wanted() -> None:
     assert World(cards, **NO_HOLDOUT).route().hedge is None
 
 
+def test_a_frugal_session_pays_for_no_second_call() -> None:
+    world = World(routing={"hedge_after_s": 0.5, "holdout": 0.0})
+    assert world.route().hedge is not None
+    assert world.route(frugal=True).hedge is None
+
+
 def test_there_is_another_one_while_a_candidate_may_be_called_that_did_not_fail() -> None:
     world = World()
     route = world.route()
@@ -330,6 +336,26 @@ def test_a_choice_without_alternative_is_the_same_object_each_time() -> None:
     first = world.router.choose(Step(kind="plan"))
     assert world.router.choose(Step(kind="plan", prompt_tokens=7)) is first
     assert world.router.choose(Step(kind="answer")).route.kind == "answer"
+
+
+@pytest.mark.parametrize(
+    ("about", "card"),
+    [
+        ({"images": True}, {"modalities": ("text",)}),
+        ({"tools": True}, {"tools": False}),
+        ({"allowed": ("other",)}, {}),
+        ({"forced": "other"}, {}),
+        ({"budget": 0.0, "prompt_tokens": 9}, {"price": {"input": 1.0}}),
+    ],
+    ids=["images", "tools", "allowed", "forced", "budget"],
+)
+def test_a_choice_without_alternative_is_not_given_to_a_step_that_the_model_is_not_for(
+    about: dict[str, Any], card: dict[str, Any]
+) -> None:
+    world = World({"m": card})
+    assert world.choose() == "m"
+    with pytest.raises((NoModelError, ModelNotFoundError)):
+        world.choose(**about)
 
 
 # Waiting

@@ -53,6 +53,7 @@ class Fence:
         self.epoch = FIRST_EPOCH
         self.owner: str | None = None
         self.last_seq = 0
+        self.cost = 0.0
         self.inbox = 0
         self.turns: dict[str, TurnRow] = {}
         self.journal: list[tuple[int, AnyEvent]] = []
@@ -107,6 +108,7 @@ class Fence:
             self.turns[ended] = replace(
                 row, state="done", status=append.ended_status, last_seq=append.last_seq
             )
+        self.cost += append.cost
         self.journal += [(append.epoch, decode_event(body)) for body in append.events]
         self.last_seq = append.last_seq
         return AppendResult("landed", self.epoch, self.last_seq)

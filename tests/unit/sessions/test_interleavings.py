@@ -116,8 +116,10 @@ def check_windows(world: World) -> None:
     whole = fold_from(events)
     assert whole.turn is None
     assert whole.turns == len(world.fence.turns)
+    assert whole.cost == world.fence.cost
     for copy in world.hot:
-        assert copy.window == fold_from(events[: copy.seq]).window, "a hot copy differs"
+        then = fold_from(events[: copy.seq])
+        assert (copy.window, copy.cost) == (then.window, then.cost), "a hot copy differs"
     begins = [index for index, each in enumerate(events) if isinstance(each, TurnAccepted)]
     for count, index in enumerate(reversed(begins), start=1):
         shown = min(count, RULES.window_turns)

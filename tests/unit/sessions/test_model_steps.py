@@ -46,7 +46,7 @@ from agentray.sessions.state import (
     RunModel,
     SessionState,
 )
-from agentray.sessions.stream import Hub, TailWriter, tail_key
+from agentray.sessions.stream import Hub, TailWriter
 from agentray.storage.base import Wire
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.spec import Toolbox, ToolSpec
@@ -83,6 +83,8 @@ class MemoryWire:
 
     def __init__(self) -> None:
         self.tails: dict[str, bytes] = {}
+
+    available = True
 
     async def write_tails(self, tails: list[tuple[str, int, bytes]]) -> bool:
         for name, offset, body in tails:
@@ -157,7 +159,6 @@ class World:
             agents=Agents({"assistant": AgentSettings.model_validate(agent or {})}),
             tools=Toolbox([ECHO]),
             tails=TailWriter(cast("Wire", self.wire), self._confirm),
-            wire=cast("Wire", self.wire),
             clock=self.clock,
             metrics=self.metrics,
             flush=self.flush,
@@ -199,7 +200,7 @@ class World:
                 elif isinstance(command, RunModel):
                     commands = await self.steps.run(self.actor)
                 elif isinstance(command, RecoverModel):
-                    commands = await self.steps.recover(self.actor, command)
+                    commands = self.steps.recover(self.actor)
                 else:
                     if self.actor.recorded:
                         await self.flush(self.actor)
@@ -807,11 +808,12 @@ async def test_a_call_that_died_with_its_owner_goes_on_where_its_text_ends(
     assert isinstance(call, CallModel)
     world.steps.record_call(world.actor, call)
     await world.flush(world.actor)
-    seq = world.actor.turn.called_seq
-    world.wire.tails[tail_key("t", "s", seq)] = "hälf ".encode()
-    assert await world.carry_out((RecoverModel(1, 1, seq),)) == EndTurn("completed")
+    world.actor.tail = "hälf ".encode()
+    recovery = RecoverModel(1, 1, world.actor.turn.called_seq)
+    assert await world.carry_out((recovery,)) == EndTurn("completed")
     [voided] = world.told(ModelVoided)
     assert (voided.reason, voided.text, voided.continues) == ("owner_lost", "hälf ", continues)
+    assert voided.cost > 0
     assert world.told(ModelFinished)[0].text == ("hälf done" if continues else "done")
 
 
@@ -824,4 +826,4 @@ async def test_a_call_whose_text_nobody_has_begins_anew() -> None:
     seq = world.actor.turn.called_seq
     assert await world.carry_out((RecoverModel(1, 1, seq),)) == EndTurn("completed")
     [voided] = world.told(ModelVoided)
-    assert (voided.text, voided.continues) == ("", False)
+    assert (voided.text, voided.continues, voided.cost) == ("", False, 0.0)

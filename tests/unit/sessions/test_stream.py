@@ -318,10 +318,13 @@ class PlainWire:
     def __init__(self) -> None:
         self.log: list[tuple[str, Any]] = []
         self.works = True
+        self.written = asyncio.Event()
 
     async def write_tails(self, tails: Sequence[tuple[str, int, bytes]]) -> bool:
         await asyncio.sleep(0)
         self.log += [("tail", tail) for tail in tails]
+        if self.works:
+            self.written.set()
         return self.works
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
@@ -401,6 +404,23 @@ async def test_what_a_wire_could_not_take_is_written_when_it_is_back(streaming: 
     await streaming.tails.stop()
     assert streaming.wire.log[-1] == ("tail", (KEY, 0, "äbcd".encode()))
     assert streaming.hub.visible == 4
+
+
+@pytest.mark.parametrize("how", ["refuses", "away"])
+async def test_a_text_that_stays_as_it_is_is_written_when_the_wire_is_back(
+    streaming: Streaming, how: str
+) -> None:
+    if how == "away":
+        streaming.wire.available = False
+    streaming.wire.works = False
+    streaming.say("äb")
+    await streaming.tails.stop()
+    assert streaming.hub.visible == 2
+    streaming.wire.log.clear()
+    streaming.wire.available = streaming.wire.works = True
+    async with asyncio.timeout(5):
+        await streaming.wire.written.wait()
+    assert streaming.wire.log == [("tail", (KEY, 0, "äb".encode()))]
 
 
 async def test_text_of_a_session_that_was_lost_meanwhile_is_not_shown(

@@ -437,7 +437,9 @@ class Owner:
     def _end(self, actor: SessionActor, end: EndTurn) -> Steps:
         turn = actor.state.turn
         assert turn is not None
-        actor.record(TurnFinished(**_stamp(actor), status=end.status, error=end.error))
+        actor.record(
+            TurnFinished(**_stamp(actor), status=end.status, error=end.error, cost=turn.cost)
+        )
         actor.cancel_requested = False
         yield from self._flush(actor, ended=turn.id, ended_status=end.status, cost=turn.cost)
         self.world.hot.append(actor.state)
@@ -500,11 +502,8 @@ class Owner:
             names = [("again", "once")[world.choose(2)] for _ in range(1 + world.choose(3))]
             calls = [ToolCall(f"c{i}", name, "{}") for i, name in enumerate(names)]
         reason = "length" if outcome == 5 else "stop"
-        return actor.record(
-            ModelFinished(
-                **_stamp(actor), **where, text=text, finish_reason=reason, tool_calls=calls
-            )
-        )
+        finished: dict[str, Any] = {"text": text, "finish_reason": reason, "tool_calls": calls}
+        return actor.record(ModelFinished(**_stamp(actor), **where, **finished, cost=0.5))
 
     def _recover(self, actor: SessionActor, command: RecoverModel) -> tuple[Command, ...]:
         turn, tail = actor.state.turn, self.world.tails.get(command.called_seq)
