@@ -39,6 +39,8 @@ class Host:
 
     def __init__(self, name: str, *, picks: str = "") -> None:
         self.name = name
+        self._connections: list[socket.socket] = []
+        connections = self._connections
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -62,6 +64,10 @@ class Host:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
+            def process_request(self, request: Any, client_address: Any) -> None:
+                connections.append(request)
+                super().process_request(request, client_address)
+
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """HAProxy resets its idle connections when it ends."""
 
@@ -74,6 +80,10 @@ class Host:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        # One that HAProxy keeps would still be answered.
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class Proxy:
