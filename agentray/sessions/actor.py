@@ -44,7 +44,6 @@ class SessionActor:
         "route",
         "rules",
         "state",
-        "tail",
         "task",
         "tenant",
         "used_at",
@@ -67,8 +66,6 @@ class SessionActor:
         # Of the last turn taken from the mailbox: what is read late may still show it waiting.
         self.begun_ordinal = 0
         self.recorded: list[AnyEvent] = []
-        self.tail = b""
-        """What the call that was taken over had streamed, as far as the wire has it."""
         self.task: asyncio.Task[None] | None = None
         self.interruptible: asyncio.Task[None] | None = None
         # Why the model was picked that is called now.

@@ -36,6 +36,7 @@ from agentray.sessions.state import (
     CallModel,
     Command,
     EndTurn,
+    RecoverModel,
     Turn,
 )
 from agentray.sessions.steps import (
@@ -170,14 +171,17 @@ class ModelSteps:
             error = ModelError("the call ended without an answer", cost=bill.cost)
         return await self._lost(actor, turn, text, error, progressed=bool(hub.text))
 
-    def recover(self, actor: SessionActor) -> tuple[Command, ...]:
+    def recover(self, actor: SessionActor, command: RecoverModel) -> tuple[Command, ...]:
         """Void the attempt that died with its owner, and go on where its text ends."""
         turn = actor.turn
-        tail = actor.tail.decode()
-        # Of two models that were called, nobody knows which one spoke.
-        continues = self._may_continue(turn) and not turn.hedged
-        cost = self._estimated_cost(actor, turn, tail)
-        return self._void(actor, OWNER_LOST, turn.text + tail, continues=continues, cost=cost)
+        return self._void(
+            actor,
+            OWNER_LOST,
+            turn.text + command.tail,
+            # Of two models that were called, nobody knows which one spoke.
+            continues=self._may_continue(turn) and not turn.hedged,
+            cost=self._estimated_cost(actor, turn, command.tail),
+        )
 
     # The request
 

@@ -143,20 +143,26 @@ class SessionRuntime:
         """Take over the turn that another owner left; return what is to be done next."""
         turn = actor.turn
         phase = turn.phase
-        actor.tail = b""
+        tail = b""
         if phase == "model":
             name = tail_key(actor.tenant, actor.id, turn.called_seq)
-            actor.tail = await self._wire.read_tail(name) or b""
+            tail = await self._wire.read_tail(name) or b""
         resumed = TurnResumed(
             **actor.stamp(self._clock.now()),
-            phase="streaming" if actor.tail else phase,
+            phase="streaming" if tail else phase,
             epoch=actor.epoch,
             owner=self._owner_id,
         )
         actor.record(resumed)
         self._metrics.takeovers.inc()
         await self._flush(actor)
-        return resume(actor.turn, actor.rules, self._tools.on_crash, cancelled=cancel_requested)
+        return resume(
+            actor.turn,
+            actor.rules,
+            self._tools.on_crash,
+            tail=tail.decode(),
+            cancelled=cancel_requested,
+        )
 
     def _accept(
         self, actor: SessionActor, turn_id: str, input: list[Message], options: TurnOptions
@@ -206,7 +212,7 @@ class SessionRuntime:
             elif isinstance(command, RunModel):
                 following = await self._model_steps.run(actor)
             elif isinstance(command, RecoverModel):
-                following = self._model_steps.recover(actor)
+                following = self._model_steps.recover(actor, command)
             elif isinstance(command, SettleUnknown):
                 following = await self._settle(actor, command.call, "unknown", UNKNOWN_OUTCOME)
             else:

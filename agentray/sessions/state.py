@@ -156,11 +156,9 @@ class RunModel(msgspec.Struct, frozen=True):
 
 
 class RecoverModel(msgspec.Struct, frozen=True):
-    """Find out how far the lost attempt had streamed, and void it."""
+    """Void the attempt that was lost with its owner, behind the ``tail`` that it had streamed."""
 
-    step: int
-    attempt: int
-    called_seq: int
+    tail: str
 
 
 class CallTools(msgspec.Struct, frozen=True):
@@ -427,12 +425,14 @@ def resume(
     rules: Rules,
     on_crash: Callable[[str], Literal["retry", "report"]],
     *,
+    tail: str = "",
     cancelled: bool = False,
 ) -> tuple[Command, ...]:
     """Return what a new owner has to do with a turn that it found, behind ``turn.resumed``.
 
-    A settled tool call is never run again; one that had begun is decided by ``on_crash``. A turn
-    that was cancelled, or taken over too often, ends; what of an answer was shown is kept.
+    ``tail`` is what is left of the text of a call that ran. A settled tool call is never run again;
+    one that had begun is decided by ``on_crash``. A turn that was cancelled, or taken over too
+    often, ends; what of an answer was shown is kept.
     """
     if turn.end is not None:
         return (turn.end,)
@@ -443,7 +443,7 @@ def resume(
         message = f"no progress in {turn.takeovers} takeovers"
         ends = (EndTurn("failed", TurnError("recovery_exhausted", message)),)
     if turn.phase == "model":
-        return (RecoverModel(turn.step, turn.attempt, turn.called_seq), *ends)
+        return (RecoverModel(tail), *ends)
     if ends:
         return ends
     if turn.phase == "tools":

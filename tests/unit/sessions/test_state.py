@@ -37,8 +37,8 @@ def on_crash(tool: str) -> Literal["retry", "report"]:
     return "retry" if tool == "again" else "report"
 
 
-def resume_of(story: Story, *, cancelled: bool = False) -> tuple[Command, ...]:
-    return resume(story.turn, story.rules, on_crash, cancelled=cancelled)
+def resume_of(story: Story, *, tail: str = "", cancelled: bool = False) -> tuple[Command, ...]:
+    return resume(story.turn, story.rules, on_crash, tail=tail, cancelled=cancelled)
 
 
 # The way of a turn
@@ -241,7 +241,7 @@ def test_a_voided_call_is_called_again_behind_its_text() -> None:
 
 def test_a_running_call_is_recovered() -> None:
     story = Story().accepted().called().resumed("model")
-    assert resume_of(story) == (RecoverModel(1, 1, called_seq=2),)
+    assert resume_of(story, tail="half") == (RecoverModel("half"),)
 
 
 def test_tools_that_had_not_begun_are_called() -> None:
@@ -282,8 +282,8 @@ def test_what_was_shown_of_an_answer_is_journaled_before_its_turn_is_given_up(
     story = Story().accepted().called()
     for _ in range(1 if cancelled else 3):
         story.resumed("model")
-    recover, end = resume_of(story, cancelled=cancelled)
-    assert recover == RecoverModel(1, 1, 2)
+    recover, end = resume_of(story, tail="half", cancelled=cancelled)
+    assert recover == RecoverModel("half")
     assert isinstance(end, EndTurn)
     assert (end is CANCELLED) == cancelled
 

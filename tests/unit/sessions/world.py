@@ -404,13 +404,14 @@ class Owner:
     def _resumed(self, actor: SessionActor, cancelled: bool) -> Steps:
         turn = actor.state.turn
         assert turn is not None
+        tail = self.world.tails.get(turn.called_seq) or ""
         actor.record(
             TurnResumed(**_stamp(actor), phase=turn.phase, epoch=actor.epoch, owner=self.name)
         )
         yield from self._flush(actor)
         turn = actor.state.turn
         assert turn is not None
-        return resume(turn, RULES, on_crash, cancelled=cancelled)
+        return resume(turn, RULES, on_crash, tail=tail, cancelled=cancelled)
 
     def _carry_out(self, actor: SessionActor, commands: tuple[Command, ...]) -> Steps:
         while commands:
@@ -506,9 +507,9 @@ class Owner:
         return actor.record(ModelFinished(**_stamp(actor), **where, **finished, cost=0.5))
 
     def _recover(self, actor: SessionActor, command: RecoverModel) -> tuple[Command, ...]:
-        turn, tail = actor.state.turn, self.world.tails.get(command.called_seq)
+        turn = actor.state.turn
         assert turn is not None
-        text = turn.text + (tail or "")
+        text = turn.text + command.tail
         where: dict[str, Any] = {"step": turn.step, "attempt": turn.attempt}
         continues = bool(text) and bool(self.world.choose(2))
         return actor.record(
