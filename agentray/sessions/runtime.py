@@ -43,7 +43,7 @@ from agentray.sessions.stream import TailWriter, WireMessage, tail_key
 from agentray.storage.base import HotCopy, HotStore, TurnBirth, TurnRow, Wire
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
-from agentray.tools.spec import Toolbox
+from agentray.tools.spec import Toolbox, ToolContext
 
 __all__ = ["SessionRuntime", "TurnNotBorn"]
 
@@ -296,7 +296,7 @@ class SessionRuntime:
         self, actor: SessionActor, call: ToolCall, key: str
     ) -> tuple[ToolCall, str, str]:
         spec = self._tools.get(call.name)
-        if spec is None or call.name not in self._agents.get(actor.agent).tools:
+        if spec is None or spec.run is None or call.name not in self._agents.get(actor.agent).tools:
             return call, "error", f"There is no tool {call.name!r}."
         if (problem := arguments_problem(call, spec.parameters)) is not None:
             return call, "error", f"Not run: {problem}."
@@ -304,7 +304,8 @@ class SessionRuntime:
         deadline = asyncio.timeout(spec.timeout_s)
         try:
             async with deadline:
-                return call, "ok", await spec.run(arguments, key)
+                context = ToolContext(actor.tenant, actor.id, key)
+                return call, "ok", await spec.run(arguments, context)
         except Exception as error:  # noqa: BLE001 - its own failure is a result for the model
             log.info("tool_failed", tool=call.name, error=type(error).__name__)
             if deadline.expired():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from agentray.tools.spec import ToolSpec
+from agentray.tools.spec import ToolContext, ToolSpec
 
 __all__ = ["ECHO"]
 
 _MAX_DELAY_S = 30.0
 
 
-async def _echo(arguments: dict[str, Any], idempotency_key: str) -> str:
+async def _echo(arguments: dict[str, Any], context: ToolContext) -> str:
     delay_s = arguments.get("delay_s", 0)
     if not isinstance(delay_s, int | float) or not 0 <= delay_s <= _MAX_DELAY_S:
         raise ValueError(f"delay_s must be a number from 0 to {_MAX_DELAY_S:g}")
@@ -33,5 +33,6 @@ ECHO = ToolSpec(
         "required": ["text"],
     },
     run=_echo,
+    here=True,
     on_crash="retry",
 )

@@ -1,4 +1,4 @@
-"""What a tool is to a session: a name, a schema, and what a crash means for its calls."""
+"""What a tool is to a session: a name, a schema, quotas, and what a crash means for its calls."""
 
 from __future__ import annotations
 
@@ -7,30 +7,66 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["ToolOutcome", "ToolSpec", "Toolbox"]
+from agentray.tools.sandbox.base import Limits, Program, Tier
+
+__all__ = ["OnCrash", "ToolContext", "ToolResult", "ToolSpec", "Toolbox"]
+
+OnCrash = Literal["retry", "report"]
 
 
-class ToolOutcome(msgspec.Struct, frozen=True):
-    """A settled call; its own failure is a result that the model is told."""
+class ToolContext(msgspec.Struct, frozen=True):
+    """Whose call it is. ``idempotency_key`` is the same when a crash has it run again."""
+
+    tenant: str
+    session_id: str
+    idempotency_key: str
+
+
+class ToolResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A settled call; its own failure is a result that the model is told.
+
+    ``reason`` says in one word of the metrics why a call failed: timeout, memory, cpu, exit,
+    signal, output, scratch, refused, upstream, invalid, error, failed, died, queue_full, expired.
+    ``scratch`` is the tar of the files that a sandboxed program left. ``start`` is how its sandbox
+    began (parked, warm, cold). ``cached``: another call's result.
+    """
 
     status: Literal["ok", "error"]
     output: str
+    reason: str = ""
+    scratch: bytes | None = None
+    start: str = ""
+    cpu_s: float = 0.0
+    memory_bytes: int = 0
+    cached: bool = False
 
 
 class ToolSpec(msgspec.Struct, frozen=True):
-    """A tool. ``run`` gets the decoded arguments and the call's idempotency key.
+    """A tool, run by one of two: ``run`` in a worker's own process, with the decoded arguments;
+    ``program`` returns what a sandbox of ``tier`` runs.
 
-    ``on_crash`` decides what becomes of a call that had begun when its session's owner died:
-    ``retry`` runs it again with the same idempotency key, ``report`` tells the model that the
-    outcome is unknown.
+    ``here``: ``run`` is so small that the session's process runs it itself. ``on_crash`` decides
+    what becomes of a call that had begun when its owner or worker died: ``retry`` runs it again
+    with the same idempotency key, ``report`` tells the model that the outcome is unknown.
+    ``cache_s``: results of equal calls of a tenant are shared for so long; ``version`` tells
+    apart what another version computed. ``cpu`` (cores) is what a call is expected to use, for
+    its cost while it is queued. ``keeps_scratch``: files of the session are there and are kept.
     """
 
     name: str
     description: str
     parameters: dict[str, Any]
-    run: Callable[[dict[str, Any], str], Awaitable[str]]
-    on_crash: Literal["retry", "report"] = "report"
+    run: Callable[[dict[str, Any], ToolContext], Awaitable[str]] | None = None
+    program: Callable[[dict[str, Any]], Program] | None = None
+    here: bool = False
+    on_crash: OnCrash = "report"
     timeout_s: float = 60.0
+    cache_s: float = 0.0
+    version: str = "1"
+    tier: Tier = "jail"
+    limits: Limits = Limits()
+    cpu: float = 1.0
+    keeps_scratch: bool = False
 
 
 class Toolbox:
@@ -48,7 +84,14 @@ class Toolbox:
     def get(self, name: str) -> ToolSpec | None:
         return self._specs.get(name)
 
-    def on_crash(self, name: str) -> Literal["retry", "report"]:
+    def put(self, specs: Iterable[ToolSpec], *, instead_of: Iterable[str] = ()) -> None:
+        """Add tools, or have them in the place of others: those of a server that changed."""
+        for name in instead_of:
+            self._specs.pop(name, None)
+        self._specs.update({spec.name: spec for spec in specs})
+        self._wires.clear()
+
+    def on_crash(self, name: str) -> OnCrash:
         """Return what a crash means for a tool's calls; for an unknown tool, ``report``."""
         spec = self._specs.get(name)
         return spec.on_crash if spec else "report"

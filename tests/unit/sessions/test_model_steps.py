@@ -49,7 +49,7 @@ from agentray.sessions.state import (
 from agentray.sessions.stream import Hub, TailWriter
 from agentray.storage.base import Wire
 from agentray.telemetry.metrics import Metrics
-from agentray.tools.spec import Toolbox, ToolSpec
+from agentray.tools.spec import Toolbox, ToolContext, ToolSpec
 from tests.unit.models.played import PlayedModels, said, whole
 from tests.unit.models.test_cache import settled
 from tests.unit.sessions.fence import actor_of
@@ -90,7 +90,7 @@ class WorkingWire:
         pass
 
 
-async def echo(arguments: dict[str, Any], key: str) -> str:
+async def echo(arguments: dict[str, Any], context: ToolContext) -> str:
     return arguments["text"]
 
 
