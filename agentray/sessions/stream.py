@@ -4,8 +4,8 @@ A hub holds what is live once for all of its readers; a reader is nothing but a 
 one costs no buffer. On the session's owner the runtime feeds the hub; elsewhere messages of the
 owner do, and the journal fills what they leave out.
 
-Text becomes visible only when the wire has it (or could not take it): whoever takes the session
-over can then go on behind whatever any client was shown.
+Text becomes visible only when the wire has it, or has been away for a while: whoever takes the
+session over can then go on behind whatever any client was shown.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["Hub", "TailWriter", "WireMessage", "tail_key"]
 
 # A little longer than the wire tries nothing after a failure.
 _AGAIN_S = 0.6
+_HOLD_S = 2.0
 
 
 def tail_key(tenant: str, session_id: str, called_seq: int) -> str:
@@ -227,12 +228,18 @@ class TailWriter:
     """Writes the text of all running calls to the wire, a batch a round trip, then shows it.
 
     ``confirm`` is awaited before anything is shown: it returns when this process is known to be
-    a live owner. Messages to followers leave in the order in which they were made.
+    a live owner. A wire that takes nothing for ``hold_s`` is done without: its failures of a
+    moment hold text back, its absence does not. Messages to followers leave in the order in which
+    they were made.
     """
 
-    def __init__(self, wire: Wire, confirm: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, wire: Wire, confirm: Callable[[], Awaitable[None]], *, hold_s: float = _HOLD_S
+    ) -> None:
         self._wire = wire
         self._confirm = confirm
+        self._hold_s = hold_s
+        self._away_since: float | None = None
         self._calls: dict[tuple[str, str], _Call] = {}
         self._dirty: dict[tuple[str, str], None] = {}
         self._outbox: list[tuple[str, bytes]] = []
@@ -295,7 +302,7 @@ class TailWriter:
             await self._wire.publish(messages)
 
     async def _write(self) -> list[tuple[_Call, str]]:
-        """Write what grew, as far as the wire takes it; return what is to be shown of it."""
+        """Write what grew, as far as the wire takes it; return what may be shown of it."""
         keys, self._dirty = list(self._dirty), {}
         grown: list[tuple[_Call, str]] = []
         tails: list[tuple[str, int, bytes]] = []
@@ -313,9 +320,16 @@ class TailWriter:
                 tails.append((name, call.sent_bytes, body))
                 call.sent = len(text)
                 call.sent_bytes += len(body)
-        if (keys and not takes) or (tails and not await self._wire.write_tails(tails)):
-            self._write_all_again()
-        return grown
+        if not keys:
+            return grown
+        if takes and (not tails or await self._wire.write_tails(tails)):
+            self._away_since = None
+            return grown
+        self._write_all_again()
+        now = asyncio.get_running_loop().time()
+        if self._away_since is None:
+            self._away_since = now
+        return grown if now - self._away_since >= self._hold_s else []
 
     def _write_all_again(self) -> None:
         """Write all texts anew in a while: the wire may have lost what it had, and a part behind

@@ -21,7 +21,7 @@ __all__ = ["RedisStore"]
 _FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
 _TAIL_TTL_S = 900
 _RETRY_PAUSE_S = 0.5
-_TAIL_PATIENCE_S = 2.0
+_TAIL_PATIENCE_S = 4.0
 _GATHER_S = 0.005
 _MAX_PENDING_SAVES = 10_000
 _KEEPALIVE: dict[str, Any] = {
@@ -76,7 +76,7 @@ class RedisStore:
 
     Saves are gathered for some milliseconds and go out in one pipeline. After a failure nothing
     is tried for half a second, so that a server that is away costs its callers nothing; only a
-    takeover waits for the text of its call, for two seconds.
+    takeover waits for the text of its call, for four seconds.
     """
 
     def __init__(

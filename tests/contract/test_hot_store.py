@@ -328,7 +328,7 @@ async def test_a_tail_of_a_server_that_stays_away_is_given_up(
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert await asyncio.wait_for(store.read_tail("k"), 5) is None
+        assert await asyncio.wait_for(store.read_tail("k"), 15) is None
     finally:
         os.kill(pid, signal.SIGCONT)
 

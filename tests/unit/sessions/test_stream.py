@@ -337,10 +337,10 @@ class PlainWire:
 class Streaming:
     """A call whose text is on its way."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold_s: float = 3_600.0) -> None:
         self.wire = PlainWire()
         self.confirmed: list[Any] = []
-        self.tails = TailWriter(cast(Wire, self.wire), self.confirm)
+        self.tails = TailWriter(cast(Wire, self.wire), self.confirm, hold_s=hold_s)
         self.hub = Hub()
         self.hub.local = True
         self.hub.feed([called(1)])
@@ -386,11 +386,21 @@ async def test_text_that_grows_meanwhile_is_the_next_batch(streaming: Streaming)
     assert [what for _, what in streaming.wire.log] == [(KEY, 0, b"a"), (KEY, 1, b"bcd")]
 
 
-async def test_a_wire_that_is_away_stops_no_text(streaming: Streaming) -> None:
+@pytest.mark.parametrize("how", ["refuses", "away"])
+async def test_a_wire_that_stays_away_stops_no_text(how: str) -> None:
+    streaming = Streaming(hold_s=0.05)
     streaming.wire.works = False
+    streaming.wire.available = how == "refuses"
     streaming.say("abc")
     await streaming.tails.stop()
+    assert streaming.hub.visible == 0
+    async with asyncio.timeout(5):
+        await streaming.hub.changed()
     assert streaming.hub.visible == 3
+    # It is not waited for again.
+    streaming.say("d")
+    await streaming.tails.stop()
+    assert streaming.hub.visible == 4
 
 
 async def test_what_a_wire_could_not_take_is_written_when_it_is_back(streaming: Streaming) -> None:
@@ -399,6 +409,7 @@ async def test_what_a_wire_could_not_take_is_written_when_it_is_back(streaming: 
     streaming.wire.works = False
     streaming.say("c")
     await streaming.tails.stop()
+    assert streaming.hub.visible == 2
     streaming.wire.works = True
     streaming.say("d")
     await streaming.tails.stop()
@@ -415,12 +426,15 @@ async def test_a_text_that_stays_as_it_is_is_written_when_the_wire_is_back(
     streaming.wire.works = False
     streaming.say("äb")
     await streaming.tails.stop()
-    assert streaming.hub.visible == 2
+    assert streaming.hub.visible == 0
     streaming.wire.log.clear()
     streaming.wire.available = streaming.wire.works = True
     async with asyncio.timeout(5):
         await streaming.wire.written.wait()
+        while not streaming.hub.visible:
+            await streaming.hub.changed()
     assert streaming.wire.log == [("tail", (KEY, 0, "äb".encode()))]
+    assert streaming.hub.visible == 2
 
 
 async def test_text_of_a_session_that_was_lost_meanwhile_is_not_shown(
