@@ -211,12 +211,22 @@ class ToolCalled(Event, frozen=True, tag="tool.called"):
 
 
 class ToolFinished(Event, frozen=True, tag="tool.finished"):
-    """A tool call is settled; ``unknown`` means that a crash hid its outcome."""
+    """A tool call is settled; ``unknown`` means that a crash hid its outcome.
+
+    ``reason`` says in a word why it failed (timeout, memory, refused, …). ``cpu_s`` and
+    ``memory_bytes`` (at its peak) are what a sandboxed call used, ``took_s`` is the time from its
+    dispatch to here. ``cached``: the result is that of an equal call.
+    """
 
     call_id: str
     name: str
     status: Literal["ok", "error", "unknown"]
     output: str
+    reason: str = ""
+    took_s: float = 0.0
+    cpu_s: float = 0.0
+    memory_bytes: int = 0
+    cached: bool = False
 
 
 class TurnFinished(Event, frozen=True, tag="turn.finished"):

@@ -86,7 +86,8 @@ class Services:
                 self.run(server.start())
         with psycopg.connect(self.postgres.url, autocommit=True) as connection:
             connection.execute(
-                "TRUNCATE hosts, sessions, turns, events, files, file_pieces, batches, batch_lines"
+                "TRUNCATE hosts, sessions, turns, events, scratch, files, file_pieces, batches,"
+                " batch_lines"
             )
         self.run(self._flush_redis())
 

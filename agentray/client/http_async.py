@@ -20,6 +20,8 @@ from agentray.client.http_protocol import (
     Following,
     Input,
     Request,
+    SessionFile,
+    SessionFiles,
     SessionPage,
     Status,
     TurnFacts,
@@ -31,6 +33,8 @@ from agentray.client.http_protocol import (
     ended_early,
     error_of,
     events_request,
+    file_request,
+    files_request,
     list_request,
     session_path,
     turn_request,
@@ -300,6 +304,18 @@ class AsyncSession:
     def follow(self, *, after: Cursor = Cursor(0)) -> AsyncGenerator[StreamItem]:
         """Yield what happened behind the cursor and what happens from now on, endlessly."""
         return self._client.follow(Following(self.id, cursor=after))
+
+    async def files(self) -> list[SessionFile]:
+        """Return the files that the session's tools left. Raises ``SessionNotFoundError``."""
+        return (await self._client.call(files_request(self.id), SessionFiles)).data
+
+    async def read_file(self, path: str) -> bytes:
+        """Return what is in a file that the session's tools left.
+
+        Raises:
+            AgentRayError: there is no such session, or no such file in it.
+        """
+        return await self._client.call(file_request(self.id, path), bytes)
 
     async def cancel(self, turn_id: str | None = None) -> list[str]:
         """Request the end of a turn, or of all that run or wait; return the ids concerned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
@@ -37,6 +37,8 @@ __all__ = [
     "Following",
     "Input",
     "Request",
+    "SessionFile",
+    "SessionFiles",
     "SessionPage",
     "Status",
     "TurnFacts",
@@ -48,6 +50,8 @@ __all__ = [
     "ended_early",
     "error_of",
     "events_request",
+    "file_request",
+    "files_request",
     "list_request",
     "session_path",
     "turn_request",
@@ -91,6 +95,17 @@ class SessionPage(msgspec.Struct, frozen=True):
 class EventPage(msgspec.Struct, frozen=True):
     data: list[AnyEvent]
     has_more: bool
+
+
+class SessionFile(msgspec.Struct, frozen=True):
+    """A file that tools left in a session, by its path below their working directory."""
+
+    path: str
+    size_bytes: int
+
+
+class SessionFiles(msgspec.Struct, frozen=True):
+    data: list[SessionFile]
 
 
 class Cancelled(msgspec.Struct, frozen=True):
@@ -142,6 +157,16 @@ def events_request(session_id: str, after: int) -> Request:
     """Return the request for a page of a journal."""
     query = {"after": str(after), "limit": "500"}
     return Request("GET", session_path(session_id, "events"), query=query)
+
+
+def files_request(session_id: str) -> Request:
+    """Return the request for the names of a session's files."""
+    return Request("GET", session_path(session_id, "files"))
+
+
+def file_request(session_id: str, path: str) -> Request:
+    """Return the request for what is in a file of a session."""
+    return Request("GET", session_path(session_id, "files", "content"), query={"path": path})
 
 
 def cancel_request(session_id: str, turn_id: str | None) -> Request:
@@ -223,13 +248,15 @@ def error_of(status: int, body: bytes, headers: Mapping[str, str]) -> AgentRayEr
 
 
 def decode(response: httpx.Response, kind: type[T]) -> T:
-    """Return what was answered.
+    """Return what was answered: the bytes themselves where those are wanted.
 
     Raises:
         AgentRayError: the one that was answered, or of an answer that is not agentray's.
     """
     if response.status_code >= 400:
         raise error_of(response.status_code, response.content, response.headers)
+    if kind is bytes:
+        return cast(T, response.content)
     try:
         return msgspec.json.decode(response.content, type=kind)
     except msgspec.DecodeError as error:

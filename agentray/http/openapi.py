@@ -122,8 +122,9 @@ def _query(
     if route.query is None:
         return []
     schema = _resolved(by_type[repr(route.query)], components)
+    required = schema.get("required", ())
     return [
-        {"name": name, "in": "query", "required": False, "schema": _in_query(facts)}
+        {"name": name, "in": "query", "required": name in required, "schema": _in_query(facts)}
         for name, facts in schema["properties"].items()
     ]
 

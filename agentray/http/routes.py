@@ -9,6 +9,7 @@ from agentray.http import routes_conversations as conversations
 from agentray.http import routes_embeddings as embeddings
 from agentray.http import routes_files as files
 from agentray.http import routes_responses as responses
+from agentray.http import routes_session_files as session_files
 from agentray.http import routes_sessions as sessions
 from agentray.http import routes_system as system
 from agentray.http.door import Door
@@ -339,6 +340,25 @@ ROUTES: tuple[Route[Door], ...] = (
         body=bodies.Cancel,
         answers=(Answer(200, sessions.CancelledTurns),),
         errors=(*_NO_SESSION, 413),
+    ),
+    Route(
+        method="GET",
+        path="/v1/sessions/{session_id}/files",
+        endpoint=session_files.list_session_files,
+        summary="List the files that the tools of a session left",
+        tag="Sessions",
+        answers=(Answer(200, session_files.SessionFiles),),
+        errors=_NO_SESSION,
+    ),
+    Route(
+        method="GET",
+        path="/v1/sessions/{session_id}/files/content",
+        endpoint=session_files.read_session_file,
+        summary="Download a file that the tools of a session left",
+        tag="Sessions",
+        query=session_files.SessionFilePath,
+        answers=(Answer(200, None, "application/octet-stream", "The file's bytes"),),
+        errors=_NO_SESSION,
     ),
     Route(
         method="GET",

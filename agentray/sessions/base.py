@@ -170,6 +170,14 @@ class Sessions(Protocol):
         """Delete a session and everything of it. Raises ``SessionNotFoundError``."""
         ...
 
+    async def scratch(self, tenant: str, session_id: str) -> bytes | None:
+        """Return the files that the session's tools left, as a tar; None if there are none.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        ...
+
     async def fork(
         self, tenant: str, session_id: str, *, after_turn: str, new_id: str | None = None
     ) -> SessionInfo:

@@ -150,6 +150,7 @@ class OwnerProcess:
         )
         self.sessions = SessionService(
             store=self.store,
+            scratch=self.store.scratch,
             hot=self.redis,
             wire=self.redis,
             ownership=self.ownership,

@@ -37,6 +37,7 @@ from agentray.storage.base import (
     Accepted,
     DurableStore,
     HotStore,
+    ScratchStore,
     SessionRow,
     TurnBirth,
     TurnRow,
@@ -64,6 +65,7 @@ class SessionService:
         self,
         *,
         store: DurableStore,
+        scratch: ScratchStore,
         hot: HotStore,
         wire: Wire,
         ownership: Ownership,
@@ -77,6 +79,7 @@ class SessionService:
         launch_dedicated: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self._store = store
+        self._scratch = scratch
         self._hot = hot
         self._wire = wire
         self._ownership = ownership
@@ -192,6 +195,12 @@ class SessionService:
         elif row.owner is not None:
             message = WireMessage(kind="deleted", tenant=tenant, session_id=session_id)
             self._tails.send([row.owner], message)
+
+    async def scratch(self, tenant: str, session_id: str) -> bytes | None:
+        found = await self._scratch.read_scratch(tenant, session_id)
+        if found is None:
+            await self._row(tenant, session_id)
+        return found
 
     async def fork(
         self, tenant: str, session_id: str, *, after_turn: str, new_id: str | None = None

@@ -95,10 +95,12 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 class ToolState(msgspec.Struct, frozen=True):
-    """A tool call of the current step; ``attempt`` is 0 until it was dispatched."""
+    """A tool call of the current step; ``attempt`` is 0 until it was dispatched, ``called_seq``
+    is of the event that says so of the first attempt."""
 
     call: ToolCall
     attempt: int = 0
+    called_seq: int = 0
     settled: bool = False
     output: str = ""
 
@@ -343,7 +345,8 @@ def _model_finished(
 
 def _tool_called(turn: Turn, event: ToolCalled, rules: Rules) -> tuple[Turn, tuple[Command, ...]]:
     found = _tool(turn, event.call_id)
-    return _with_tool(turn, replace(found, attempt=event.attempt)), _NOTHING
+    called_seq = found.called_seq or event.seq
+    return _with_tool(turn, replace(found, attempt=event.attempt, called_seq=called_seq)), _NOTHING
 
 
 def _tool_finished(

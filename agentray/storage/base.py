@@ -19,6 +19,7 @@ __all__ = [
     "HotCopy",
     "HotStore",
     "OpenTurn",
+    "ScratchStore",
     "SessionRow",
     "TurnBirth",
     "TurnRow",
@@ -176,6 +177,26 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     inbox: int = 0
     turn: TurnRow | None = None
+
+
+class ScratchStore(Protocol):
+    """The files that tools left in sessions: a tar for each of the last two calls that left any.
+
+    A call is known by the ``seq`` of its first ``tool.called``: run again after a crash, it finds
+    what it found before. All methods raise ``StorageUnavailableError``.
+    """
+
+    async def read_scratch(
+        self, tenant: str, session_id: str, *, before_seq: int | None = None
+    ) -> bytes | None:
+        """Return what the last call left, or the last one in front of ``before_seq``."""
+        ...
+
+    async def write_scratch(
+        self, tenant: str, session_id: str, *, epoch: int, seq: int, body: bytes
+    ) -> bool:
+        """Keep what a call left; False if the session is not at ``epoch`` any more."""
+        ...
 
 
 class DurableStore(Protocol):

@@ -27,6 +27,7 @@ from agentray.storage.base import (
 )
 from agentray.storage.postgres_append import AppendConnection
 from agentray.storage.postgres_pool import Pool, connect_arguments, new_pool, run, translated
+from agentray.storage.postgres_scratch import PostgresScratch
 from agentray.storage.schema import MIGRATIONS
 
 __all__ = ["PostgresStore", "forget_hosts", "migrate"]
@@ -93,6 +94,7 @@ class PostgresStore:
         self._waits: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._pool = new_pool(url, settings, settings.pool_size)
         self._life = new_pool(url, settings, 1)
+        self.scratch = PostgresScratch(self._pool, settings)
 
     async def open(self) -> None:
         """Connect. Raises ``StorageUnavailableError``."""

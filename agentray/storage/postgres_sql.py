@@ -72,6 +72,7 @@ ON CONFLICT DO NOTHING RETURNING 1 AS one
 """
 
 DELETE_SESSION = (
+    "DELETE FROM scratch WHERE tenant = %s AND session_id = %s",
     "DELETE FROM events WHERE tenant = %s AND session_id = %s",
     "DELETE FROM turns WHERE tenant = %s AND session_id = %s",
     "DELETE FROM sessions WHERE tenant = %s AND id = %s",
@@ -102,6 +103,11 @@ FORK_SESSION = (
     """
     INSERT INTO events (tenant, session_id, seq, epoch, body)
     SELECT tenant, %(new)s, seq, 0, body FROM events
+    WHERE tenant = %(tenant)s AND session_id = %(old)s AND seq <= %(seq)s
+    """,
+    """
+    INSERT INTO scratch (tenant, session_id, seq, body)
+    SELECT tenant, %(new)s, seq, body FROM scratch
     WHERE tenant = %(tenant)s AND session_id = %(old)s AND seq <= %(seq)s
     """,
 )

@@ -82,6 +82,15 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (tenant, session_id, seq)
     );
 
+    -- Files that a session's tools left, as one tar, by the seq of the call that left them.
+    CREATE TABLE scratch (
+        tenant     text COLLATE "C" NOT NULL,
+        session_id text COLLATE "C" NOT NULL,
+        seq        bigint NOT NULL,
+        body       bytea NOT NULL,
+        PRIMARY KEY (tenant, session_id, seq)
+    );
+
     -- Of files, in pieces: a value of PostgreSQL is in memory whole. Ids are in order of age.
     CREATE TABLE files (
         tenant     text COLLATE "C" NOT NULL,

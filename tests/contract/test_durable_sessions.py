@@ -127,6 +127,42 @@ async def test_a_fork_has_all_up_to_its_place_and_goes_its_own_way(store: Postgr
     assert await store.fork_session(T, "none", "g", 3) is None
 
 
+async def test_a_call_that_is_run_again_finds_the_files_that_it_found_before(
+    store: PostgresStore,
+) -> None:
+    epoch = await own(store, "s")
+    scratch = store.scratch
+    assert await scratch.read_scratch(T, "s") is None
+    for seq in (3, 7, 9):
+        body = b"left by %d" % seq
+        assert await scratch.write_scratch(T, "s", epoch=epoch, seq=seq, body=body)
+    assert await scratch.read_scratch(T, "s") == b"left by 9"
+    assert await scratch.read_scratch(T, "s", before_seq=9) == b"left by 7"
+    assert await scratch.write_scratch(T, "s", epoch=epoch, seq=9, body=b"again")
+    assert await scratch.read_scratch(T, "s") == b"again"
+    # Older ones are of no call that can be run again.
+    assert await scratch.read_scratch(T, "s", before_seq=7) is None
+    assert await scratch.read_scratch("other", "s") is None
+
+
+async def test_a_stale_owner_leaves_no_files(store: PostgresStore) -> None:
+    epoch = await own(store, "s")
+    write = store.scratch.write_scratch
+    assert not await write(T, "s", epoch=epoch - 1, seq=3, body=b"stale")
+    assert not await write(T, "none", epoch=epoch, seq=3, body=b"of nobody")
+    assert await store.scratch.read_scratch(T, "s") is None
+
+
+async def test_a_fork_has_the_files_of_its_place(store: PostgresStore) -> None:
+    epoch = await own(store, "s")
+    await put(store, lines("s", epoch, 1, 3, born=born("t0")))
+    await put(store, lines("s", epoch, 4, ended_turn="t0", ended_status="completed"))
+    for seq in (2, 6):
+        await store.scratch.write_scratch(T, "s", epoch=epoch, seq=seq, body=b"%d" % seq)
+    assert await store.fork_session(T, "s", "f", 4) is not None
+    assert await store.scratch.read_scratch(T, "f") == b"2"
+
+
 async def test_recent_events_begin_at_a_turn(store: PostgresStore) -> None:
     epoch = await own(store, "s")
     for n in range(4):
@@ -139,11 +175,12 @@ async def test_recent_events_begin_at_a_turn(store: PostgresStore) -> None:
 async def test_deleting_leaves_nothing(store: PostgresStore, other: AsyncConnection[Any]) -> None:
     epoch = await own(store, "s")
     await put(store, lines("s", epoch, 1, born=born("t1", "k")))
+    assert await store.scratch.write_scratch(T, "s", epoch=epoch, seq=1, body=b"tar")
     deleted = await store.delete_session(T, "s")
     assert deleted is not None
     assert deleted.owner == "me"
     assert await store.delete_session(T, "s") is None
     assert await put(store, lines("s", epoch, 2)) == ["gone"]
-    for table in ("sessions", "turns", "events"):
+    for table in ("sessions", "turns", "events", "scratch"):
         cursor = await other.execute(f"SELECT count(*) FROM {table}".encode())
         assert await cursor.fetchone() == (0,)

@@ -43,7 +43,7 @@ def main(folder: str) -> None:
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(folder)
 
-    torch.manual_seed(20)
+    torch.manual_seed(21)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(vocabulary),
@@ -64,6 +64,12 @@ def main(folder: str) -> None:
     # A row of zeros has the logit 0, and the best of some ninety random ones lies above it.
     spoken = {vocabulary[chr(code)] for code in range(33, 127)} | {vocabulary["Ġ"]}
     with torch.no_grad():
+        # A text that is continued is read at once where it was written one by one, and what that
+        # rounds otherwise must decide nothing. Sharp attention makes ten times as much of it; with
+        # this seed the best letter is always ahead by fifty times as much ("Speak.", 2,400 letters).
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(0.3)
+            layer.self_attn.k_proj.weight.mul_(0.3)
         for token in set(vocabulary.values()) - spoken:
             model.lm_head.weight[token].zero_()
     model.save_pretrained(folder)

@@ -44,6 +44,7 @@ class MemorySessions:
         self.followers = 0
         self.listed = 0
         self.cancelled: list[str] = []
+        self.left: bytes | None = None
         self._changed = asyncio.Event()
 
     async def create(
@@ -83,6 +84,10 @@ class MemorySessions:
     async def list(self, tenant: str, **query: Any) -> tuple[list[SessionInfo], str | None]:
         self.listed += 1
         return list(reversed(self.sessions.values())), None
+
+    async def scratch(self, tenant: str, session_id: str) -> bytes | None:
+        await self.get(tenant, session_id)
+        return self.left
 
     async def update(
         self, tenant: str, session_id: str, *, metadata: dict[str, str]
