@@ -26,7 +26,7 @@ needs_vllm = pytest.mark.skipif(not MODEL, reason="make test-vllm makes the mode
 TINY = "tiny"
 BROKEN = "broken"
 # The model never ends by itself, and says one character per token.
-TOKENS = 1_200
+TOKENS = 2_000
 CONTEXT = 8_192
 LOAD_S = 240.0
 

@@ -64,9 +64,9 @@ def main(folder: str) -> None:
     # A row of zeros has the logit 0, and the best of some ninety random ones lies above it.
     spoken = {vocabulary[chr(code)] for code in range(33, 127)} | {vocabulary["Ġ"]}
     with torch.no_grad():
-        # A text that is continued is read at once where it was written one by one, and what that
-        # rounds otherwise must decide nothing. Sharp attention makes ten times as much of it; with
-        # this seed the best letter is always ahead by fifty times as much ("Speak.", 2,400 letters).
+        # A text that is continued is read at once where it was written letter by letter, and what
+        # that rounds otherwise must decide nothing. Sharp attention makes ten times as much of it;
+        # with this seed the best letter of 2,400 behind "Speak." is ahead by fifty times as much.
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(0.3)
             layer.self_attn.k_proj.weight.mul_(0.3)
