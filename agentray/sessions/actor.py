@@ -32,6 +32,7 @@ class SessionActor:
         "dropped",
         "epoch",
         "expires_at",
+        "files",
         "hub",
         "id",
         "inbox",
@@ -68,6 +69,8 @@ class SessionActor:
         self.recorded: list[AnyEvent] = []
         self.task: asyncio.Task[None] | None = None
         self.interruptible: asyncio.Task[None] | None = None
+        # What the tool call of this seq left in the working directory; None if that is not known.
+        self.files: tuple[int, bytes] | None = None
         # Why the model was picked that is called now.
         self.route: Route | None = None
         self.cancel_requested = False

@@ -89,7 +89,7 @@ class ModelSteps:
         """Pick a model and record that it is called; end the turn if there is none for it."""
         turn = actor.turn
         agent = self._agents.get(turn.agent)
-        tools = len([name for name in agent.tools if self._tools.get(name) is not None])
+        tools = len(self._tools.offered(agent.tools))
         preferred = agent.model or self._router.catalog.default
         step = step_of(
             actor.state,
@@ -232,7 +232,7 @@ class ModelSteps:
         self, turn: Turn, agent: AgentSettings
     ) -> Callable[[str, tuple[ToolCall, ...]], str | None]:
         def parameters(name: str) -> dict[str, Any] | None:
-            spec = self._tools.get(name) if name in agent.tools else None
+            spec = self._tools.get(name) if self._tools.offers(agent.tools, name) else None
             return spec.parameters if spec is not None else None
 
         def check(text: str, calls: tuple[ToolCall, ...]) -> str | None:

@@ -33,6 +33,7 @@ from agentray.sessions.runtime import SessionRuntime
 from agentray.sessions.service import SessionService
 from agentray.sessions.state import Rules
 from agentray.sessions.stream import Hub, TailWriter, WireMessage
+from agentray.sessions.tool_calls import ToolCalls
 from agentray.storage.postgres import PostgresStore
 from agentray.storage.redis import RedisStore
 from agentray.storage.redis_answers import RedisAnswers
@@ -126,6 +127,15 @@ class OwnerProcess:
             models=ModelCalls(self.router, patient, settings.models, self._cache),
             agents=self.agents,
             tools=tools,
+            tool_calls=ToolCalls(
+                tools=tools,
+                agents=self.agents,
+                pool=None,
+                shared=None,
+                scratch=self.store.scratch,
+                clock=clock,
+                queue_s=60.0,
+            ),
             clock=clock,
             metrics=self.metrics,
         )

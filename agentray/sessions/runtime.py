@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -23,7 +22,6 @@ from agentray.events import (
     TurnResumed,
 )
 from agentray.models.base import ModelCaller
-from agentray.models.checks import arguments_problem
 from agentray.models.router import Router
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.journal import Journal
@@ -40,10 +38,11 @@ from agentray.sessions.state import (
     resume,
 )
 from agentray.sessions.stream import TailWriter, WireMessage, tail_key
+from agentray.sessions.tool_calls import ToolCalls
 from agentray.storage.base import HotCopy, HotStore, TurnBirth, TurnRow, Wire
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
-from agentray.tools.spec import Toolbox, ToolContext
+from agentray.tools.spec import Toolbox, ToolResult
 
 __all__ = ["SessionRuntime", "TurnNotBorn"]
 
@@ -53,6 +52,7 @@ UNKNOWN_OUTCOME = (
     "The process that ran this tool died. Whether the call took effect is unknown; "
     "check before you repeat it."
 )
+OUTCOME_UNKNOWN = ToolResult("error", UNKNOWN_OUTCOME, "died")
 _inputs = msgspec.json.Decoder(list[Message])
 _options = msgspec.json.Decoder(TurnOptions)
 
@@ -77,6 +77,7 @@ class SessionRuntime:
         models: ModelCaller,
         agents: Agents,
         tools: Toolbox,
+        tool_calls: ToolCalls,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -86,8 +87,8 @@ class SessionRuntime:
         self._wire = wire
         self._tails = tails
         self._confirm = confirm
-        self._agents = agents
         self._tools = tools
+        self._tool_calls = tool_calls
         self._clock = clock
         self._metrics = metrics
         self._model_steps = ModelSteps(
@@ -147,6 +148,8 @@ class SessionRuntime:
         if phase == "model":
             name = tail_key(actor.tenant, actor.id, turn.called_seq)
             tail = await self._wire.read_tail(name) or b""
+        elif phase == "tools":
+            await self._tool_calls.fence(actor)
         resumed = TurnResumed(
             **actor.stamp(self._clock.now()),
             phase="streaming" if tail else phase,
@@ -214,7 +217,7 @@ class SessionRuntime:
             elif isinstance(command, RecoverModel):
                 following = self._model_steps.recover(actor, command)
             elif isinstance(command, SettleUnknown):
-                following = await self._settle(actor, command.call, "unknown", UNKNOWN_OUTCOME)
+                following = await self._settle(actor, command.call, OUTCOME_UNKNOWN)
             else:
                 following = await self._call_tools(actor, command)
         return following
@@ -258,9 +261,10 @@ class SessionRuntime:
             raise OwnershipLostError("lost before its tools were called", session_id=actor.id)
         following: tuple[Command, ...] = ()
         turn = actor.turn
-        prefix = f"{actor.tenant}/{actor.id}/{turn.id}/{turn.step}"
+        prefix = f"{turn.id}/{turn.step}"
+        files = asyncio.Lock()
         tasks = [
-            asyncio.ensure_future(self._run_tool(actor, call, f"{prefix}/{call.call_id}"))
+            asyncio.ensure_future(self._run_tool(actor, call, f"{prefix}/{call.call_id}", files))
             for call, _ in command.calls
         ]
         try:
@@ -270,47 +274,40 @@ class SessionRuntime:
                     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in [task for task in tasks if task in waiting and task.done()]:
                     waiting.discard(task)
-                    call, status, output = task.result()
-                    following = await self._settle(actor, call, status, output)
+                    following = await self._settle(actor, *task.result())
         finally:
             for task in tasks:
                 task.cancel()
         return (CANCELLED,) if actor.cancel_requested else following
 
     async def _settle(
-        self, actor: SessionActor, call: ToolCall, status: Any, output: str
+        self, actor: SessionActor, call: ToolCall, result: ToolResult, took_s: float = 0.0
     ) -> tuple[Command, ...]:
+        died = result.reason == "died"
         commands = actor.record(
             ToolFinished(
                 **actor.stamp(self._clock.now()),
                 call_id=call.call_id,
                 name=call.name,
-                status=status,
-                output=output,
+                status="unknown" if died else result.status,
+                output=UNKNOWN_OUTCOME if died else result.output,
+                reason=result.reason,
+                took_s=took_s,
+                cpu_s=result.cpu_s,
+                memory_bytes=result.memory_bytes,
+                cached=result.cached,
             )
         )
         await self._flush(actor)
         return commands
 
     async def _run_tool(
-        self, actor: SessionActor, call: ToolCall, key: str
-    ) -> tuple[ToolCall, str, str]:
-        spec = self._tools.get(call.name)
-        if spec is None or spec.run is None or call.name not in self._agents.get(actor.agent).tools:
-            return call, "error", f"There is no tool {call.name!r}."
-        if (problem := arguments_problem(call, spec.parameters)) is not None:
-            return call, "error", f"Not run: {problem}."
-        arguments = msgspec.json.decode(call.arguments or "{}", type=dict[str, Any])
-        deadline = asyncio.timeout(spec.timeout_s)
-        try:
-            async with deadline:
-                context = ToolContext(actor.tenant, actor.id, key)
-                return call, "ok", await spec.run(arguments, context)
-        except Exception as error:  # noqa: BLE001 - its own failure is a result for the model
-            log.info("tool_failed", tool=call.name, error=type(error).__name__)
-            if deadline.expired():
-                return call, "error", f"The tool took longer than {spec.timeout_s:g} s."
-            return call, "error", f"{type(error).__name__}: {error}"
+        self, actor: SessionActor, call: ToolCall, key: str, files: asyncio.Lock
+    ) -> tuple[ToolCall, ToolResult, float]:
+        (seq,) = [t.called_seq for t in actor.turn.tools if t.call.call_id == call.call_id]
+        began = self._clock.monotonic()
+        result = await self._tool_calls.run(actor, call, key, seq, files)
+        return call, result, round(self._clock.monotonic() - began, 6)
 
     # The journal
 
