@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentray.client import AsyncClient, Client, connect
     from agentray.errors import AgentRayError
+    from agentray.tools.functions import tool
 
-__all__ = ["AgentRayError", "AsyncClient", "Client", "__version__", "connect"]
+__all__ = ["AgentRayError", "AsyncClient", "Client", "__version__", "connect", "tool"]
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _HOMES = {
     "AsyncClient": "agentray.client",
     "Client": "agentray.client",
     "connect": "agentray.client",
+    "tool": "agentray.tools.functions",
 }
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "ModelUnavailableError",
     "NotReadyError",
     "OwnershipLostError",
+    "SandboxUnavailableError",
     "SessionBusyError",
     "SessionClosedError",
     "SessionNotFoundError",
@@ -186,3 +187,13 @@ class ToolError(AgentRayError):
     """A tool is unknown or could not be run at all; its own failures are results, not errors."""
 
     code = "tool_error"
+
+
+class SandboxUnavailableError(ToolError):
+    """This machine cannot give the tier that was asked for.
+
+    ``tier``, ``missing`` (what it lacks, and why) and ``weaker`` (tiers that an operator may opt
+    into by name) are in the fields.
+    """
+
+    code = "sandbox_unavailable"

@@ -12,12 +12,14 @@ import yaml
 from agentray.config.fields import ROOT, Setting, leaves
 from agentray.config.source import Path, Problem, Source
 
-__all__ = ["PREFIX", "RESERVED_PREFIXES", "interpolate", "override"]
+__all__ = ["PREFIX", "RESERVED_PREFIXES", "SECRET_PREFIX", "interpolate", "override"]
 
 PREFIX = "AGENTRAY_"
 RESERVED_PREFIXES = ("AGENTRAY_TEST_", "AGENTRAY_BENCH_", "AGENTRAY_INTERNAL_")
 """Variables with these prefixes are no overrides: tests, benchmarks and agentray's own
 processes use them."""
+SECRET_PREFIX = "AGENTRAY_SECRET_"  # noqa: S105 - where secrets are, not one
+"""AGENTRAY_SECRET_NAME sets tools.secrets.NAME, its case kept."""
 
 _REFERENCE = re.compile(r"\$?\$\{([^}]*)\}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -26,7 +28,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def interpolate(source: Source, env: Mapping[str, str]) -> None:
     """Replace each ``${VAR}`` in the texts of ``source``; ``$${`` stands for ``${`` itself.
 
-    A variable that is missing or empty becomes a problem of the source.
+    A variable that is missing or empty becomes a problem of the source. ``${secret:NAME}`` of a
+    tool stays: only the request that it is for gets its value.
     """
     source.values = _interpolated(source, source.values, (), env)
 
@@ -45,6 +48,8 @@ def _interpolated(source: Source, value: Any, path: Path, env: Mapping[str, str]
         if match[0].startswith("$$"):
             return match[0][1:]
         name = match[1]
+        if path[:1] == ("tools",) and name.startswith("secret:"):
+            return match[0]
         if not _VARIABLE.fullmatch(name):
             source.broken(path, f"found ${{{name}}}; expected ${{VARIABLE}} and nothing more")
         elif not env.get(name):
@@ -62,10 +67,14 @@ def override(source: Source, env: Mapping[str, str]) -> None:
     """Lay ``AGENTRAY_SECTION__KEY=value`` over ``source``.
 
     Values are read as YAML, those of texts are taken as they stand. A variable that names no
-    setting becomes a problem.
+    setting becomes a problem. ``AGENTRAY_SECRET_NAME`` is the secret NAME of the tools.
     """
     for name in sorted(env):
         if not name.startswith(PREFIX) or name.startswith(RESERVED_PREFIXES):
+            continue
+        if name.startswith(SECRET_PREFIX):
+            secret = name.removeprefix(SECRET_PREFIX)
+            source.put(("tools", "secrets", secret), env[name], _variable(name))
             continue
         found = _locate(name, source.values)
         if found is None:

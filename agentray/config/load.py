@@ -15,6 +15,7 @@ from agentray.config.environment import interpolate, override
 from agentray.config.fields import ROOT, find
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.config.source import Path, Problem, Source
+from agentray.config.tool_checks import BUILT_IN, bad_tools
 from agentray.errors import ConfigError
 
 __all__ = ["load_settings"]
@@ -28,7 +29,7 @@ def load_settings(
     env: Mapping[str, str],
     *,
     flags: Mapping[str, Any] | None = None,
-    tools: Collection[str] = ("echo",),
+    tools: Collection[str] = BUILT_IN,
     schema_problem: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Settings:
     """Return the settings of a YAML file, with what the environment and the flags say over it.
@@ -37,7 +38,7 @@ def load_settings(
         path: the file; without one the defaults are the base.
         env: the environment, for ``${VAR}`` in the file's texts and ``AGENTRAY_…`` overrides.
         flags: values of the command line as nested sections; they win over everything.
-        tools: the names of the tools that agents may have.
+        tools: the names of the tools that agents may have besides the configured ones.
         schema_problem: returns why the JSON schema of an agent's answers cannot be used, or None.
 
     Raises:
@@ -191,13 +192,9 @@ def _contradictions(settings: Settings, tools: Collection[str]) -> Iterator[tupl
         yield ("sessions", "term_s"), f"found {term_s:g}; {expected}"
     yield from _bad_addresses(settings)
     yield from _bad_models(settings)
+    yield from bad_tools(settings, tools)
     if not settings.agents:
         yield ("agents",), "found none; expected at least one agent, or no such key at all"
-    for name, agent in settings.agents.items():
-        for tool in agent.tools:
-            if tool not in tools:
-                expected = f"expected one of {', '.join(sorted(tools))}"
-                yield ("agents", name, "tools"), f"found the unknown tool {tool!r}; {expected}"
 
 
 def _bad_addresses(settings: Settings) -> Iterator[tuple[Path, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from agentray.config.environment import PREFIX, RESERVED_PREFIXES
+from agentray.config.environment import PREFIX, RESERVED_PREFIXES, SECRET_PREFIX
 from agentray.config.fields import ANY_NAME, ROOT, Setting, setting_of
 
 __all__ = ["render"]
@@ -30,6 +30,7 @@ _HEAD = f"""\
   all else is read as YAML. A variable that names no setting stops the start, except those that
   begin with {", ".join(f"`{prefix}`" for prefix in RESERVED_PREFIXES)}: tests, benchmarks and
   agentray's own processes use them.
+- `{SECRET_PREFIX}NAME=value` sets `tools.secrets.NAME`, with the name's case as it is.
 - What the command line says wins over the environment, and that over the file.
 """
 
@@ -48,6 +49,9 @@ def _section(section: Setting, path: tuple[str, ...]) -> Iterator[str]:
         entries = setting.entries
         if setting.section is not None:
             below.append((setting, (*path, name)))
+        elif entries is not None and entries.section is None:
+            cells = (f"`{name}.{ANY_NAME}`", entries.expected(), "–", field.description or "")
+            rows.append(f"| {' | '.join(cells)} |")
         elif entries is not None:
             below.append((entries, (*path, name, ANY_NAME)))
         else:

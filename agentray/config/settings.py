@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr
+
+from agentray.config.section import Count, Seconds
+from agentray.config.section import Section as _Section
+from agentray.config.tool_settings import (
+    CodeSettings,
+    GatewaySettings,
+    HttpToolSettings,
+    OpenApiSettings,
+    SandboxSettings,
+)
+from agentray.config.worker_settings import ToolWorkersSettings
 
 __all__ = [
     "SIMULATOR",
@@ -17,6 +28,7 @@ __all__ = [
     "EndpointSettings",
     "HttpSettings",
     "LogSettings",
+    "McpSettings",
     "ModelsSettings",
     "PostgresSettings",
     "PriceSettings",
@@ -27,26 +39,12 @@ __all__ = [
     "SessionsSettings",
     "Settings",
     "SimulatorSettings",
+    "SqlSettings",
+    "ToolsSettings",
 ]
 
 SIMULATOR = "simulator"
 """The name of the model that the built-in simulator serves."""
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic would take true for 1.
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError("neither true nor false is meant here")
-        return value
 
 
 class HttpSettings(_Section):
@@ -382,6 +380,97 @@ class AgentSettings(_Section):
     temperature: float | None = Field(default=None, ge=0, le=2, description="Sampling temperature.")
 
 
+class SqlSettings(_Section):
+    """A database that agents may query."""
+
+    url: SecretStr = Field(
+        description="postgresql://… through psycopg; all else as SQLAlchemy writes it, "
+        "e.g. sqlite+aiosqlite:///file.db. The user in it should have no more than its due."
+    )
+    description: str = Field(
+        default="", description="What is in it, for the model; tables and columns help."
+    )
+    role: str | None = Field(
+        default=None, description="PostgreSQL's role that statements run as: SET ROLE."
+    )
+    read_only: bool = Field(
+        default=True, description="Transactions may only read; without it they may write."
+    )
+    statement_timeout_s: Seconds = Field(default=15.0, description="Longest run of one statement.")
+    connect_timeout_s: Seconds = Field(default=5.0, description="Longest wait for a connection.")
+    max_rows: Count = Field(default=200, description="Rows of one result.")
+    max_bytes: Count = Field(default=64 * 1024, description="Bytes of one result, as JSON.")
+    pool_size: Count = Field(default=2, description="Connections of one worker.")
+
+
+class McpSettings(_Section):
+    """An MCP server: a command that is started, or the address of one that runs."""
+
+    command: str | None = Field(default=None, description="Program that speaks over stdio.")
+    args: tuple[str, ...] = Field(default=(), description="Its arguments.")
+    env: dict[str, SecretStr] = Field(
+        default_factory=dict, description="Its whole environment, besides PATH, HOME and LANG."
+    )
+    sandbox: Literal["jail", "process"] = Field(
+        default="jail", description="Where it runs; process contains nothing."
+    )
+    url: str | None = Field(default=None, description="Address that speaks streamable HTTP.")
+    headers: dict[str, SecretStr] = Field(
+        default_factory=dict, description="Headers of each request, e.g. Authorization."
+    )
+    private: bool = Field(
+        default=False, description="The address may be a private or local one: it is your own."
+    )
+    tools: tuple[str, ...] = Field(
+        default=(), description="The only tools of it that are offered; all if none."
+    )
+    timeout_s: Seconds = Field(default=60.0, description="Longest run of one call.")
+    start_timeout_s: Seconds = Field(
+        default=30.0, description="Longest wait until it has started and listed its tools."
+    )
+    max_concurrent: Count = Field(default=8, description="Calls of one worker at once.")
+    max_tools: Count = Field(default=128, description="Tools, past which the rest is left out.")
+    max_message_bytes: Count = Field(
+        default=4 * 1024 * 1024, description="Largest message; a server that sends more is ended."
+    )
+    max_output_bytes: Count = Field(
+        default=64 * 1024, description="Bytes of a result that the model is shown."
+    )
+
+
+class ToolsSettings(_Section):
+    """What agents may call, where it runs and how much of it."""
+
+    workers: ToolWorkersSettings = ToolWorkersSettings()
+    functions: tuple[str, ...] = Field(
+        default=(),
+        description="Modules of functions with `@agentray.tool`; `package.module:name` for one.",
+    )
+    http: dict[str, HttpToolSettings] = Field(
+        default_factory=dict, description="Tools that are one HTTP request, by name."
+    )
+    openapi: dict[str, OpenApiSettings] = Field(
+        default_factory=dict, description="OpenAPI documents, by the name of their tools' group."
+    )
+    sql: dict[str, SqlSettings] = Field(
+        default_factory=dict, description="Databases that agents may query, by name."
+    )
+    mcp: dict[str, McpSettings] = Field(
+        default_factory=dict, description="MCP servers, by the name that their tools begin with."
+    )
+    secrets: dict[str, SecretStr] = Field(
+        default_factory=dict,
+        description="What `${secret:NAME}` stands for; AGENTRAY_SECRET_NAME sets one too.",
+    )
+    cache_bytes: Count = Field(
+        default=64 * 1024 * 1024,
+        description="Results that are shared, all together; the oldest go first.",
+    )
+    sandbox: SandboxSettings = SandboxSettings()
+    code: CodeSettings = CodeSettings()
+    gateway: GatewaySettings = GatewaySettings()
+
+
 class BatchSettings(_Section):
     """Offline requests, run in capacity that nobody else wants."""
 
@@ -434,6 +523,7 @@ class Settings(_Section):
         default_factory=lambda: {"assistant": AgentSettings()},
         description="Agents by name; the first one is the default.",
     )
+    tools: ToolsSettings = ToolsSettings()
     batch: BatchSettings = BatchSettings()
     log: LogSettings = LogSettings()
 

@@ -19,6 +19,7 @@ __all__ = [
     "HotCopy",
     "HotStore",
     "OpenTurn",
+    "ResultStore",
     "ScratchStore",
     "SessionRow",
     "TurnBirth",
@@ -424,4 +425,15 @@ class AnswerStore(Protocol):
 
         With ``alone_s``, whoever asks within that time is told to call alone.
         """
+        ...
+
+
+class ResultStore(AnswerStore, Protocol):
+    """An ``AnswerStore`` whose answers are too old when whoever asks says so."""
+
+    async def begin_flight(
+        self, key: str, flight: str, *, term_s: float, age_s: float | None = None
+    ) -> FlightBegun:
+        """As an ``AnswerStore`` does; an answer of ``age_s`` is none, nor is one that the store
+        itself forgets."""
         ...

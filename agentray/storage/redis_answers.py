@@ -1,4 +1,4 @@
-"""Answers of models on Redis, bounded in age and size, and the marks of calls under way."""
+"""Answers of models and tools on Redis, bounded in age and size, and marks of calls under way."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _RETRY_PAUSE_S = 0.5
 _CONNECTIONS = 8
 
 # Braces keep all of it in one slot of a Redis cluster: one script has to see the whole, or the
-# bound would be one for each slot.
-_BODIES = "ar:{answers}:bodies"  # hash: key -> answer
-_AGES = "ar:{answers}:ages"  # sorted set: key -> milliseconds at which it was stored
-_TOTAL = "ar:{answers}:total"  # bytes of all answers and their keys
-_FLIGHTS = "ar:{answers}:flight:"
+# bound would be one for each slot. The name is the store's.
+_BODIES = "ar:{%s}:bodies"  # hash: key -> answer
+_AGES = "ar:{%s}:ages"  # sorted set: key -> milliseconds at which it was stored
+_TOTAL = "ar:{%s}:total"  # bytes of all answers and their keys
+_FLIGHTS = "ar:{%s}:flight:"
 
 # KEYS: bodies, ages, the flight's mark. ARGV: key, flight, its term in ms, an answer's age in ms.
 _BEGIN = """
@@ -102,7 +102,7 @@ return 1
 
 
 class RedisAnswers:
-    """``AnswerStore`` on a Redis server.
+    """``AnswerStore`` and ``ResultStore`` on a Redis server; ``name`` tells stores apart.
 
     No answer is older than ``cache.ttl_s`` when it is given, and all together never have more
     than ``cache.max_bytes``, keys included, however many hosts write: one script does both, by
@@ -111,8 +111,17 @@ class RedisAnswers:
     """
 
     def __init__(
-        self, url: str, redis: RedisSettings, cache: CacheSettings, *, clock: Clock
+        self,
+        url: str,
+        redis: RedisSettings,
+        cache: CacheSettings,
+        *,
+        clock: Clock,
+        name: str = "answers",
     ) -> None:
+        self._bodies, self._ages, self._total, self._flights = (
+            key % name for key in (_BODIES, _AGES, _TOTAL, _FLIGHTS)
+        )
         self._timeout_s = redis.timeout_s
         self._cache = cache
         self._clock = clock
@@ -135,28 +144,31 @@ class RedisAnswers:
     async def close(self) -> None:
         await self._redis.aclose()
 
-    async def begin_flight(self, key: str, flight: str, *, term_s: float) -> FlightBegun:
+    async def begin_flight(
+        self, key: str, flight: str, *, term_s: float, age_s: float | None = None
+    ) -> FlightBegun:
+        age_s = min(age_s or self._cache.ttl_s, self._cache.ttl_s)
         found = await self._run(
             self._begin,
-            [_BODIES, _AGES, _FLIGHTS + key],
-            [key, flight, _ms(term_s), _ms(self._cache.ttl_s)],
+            [self._bodies, self._ages, self._flights + key],
+            [key, flight, _ms(term_s), _ms(age_s)],
         )
         outcome: Any = found[0].decode()
         return FlightBegun(outcome, found[1] if outcome == "answer" else b"")
 
     async def renew_flight(self, key: str, flight: str, *, term_s: float) -> bool:
-        return bool(await self._run(self._renew, [_FLIGHTS + key], [flight, _ms(term_s)]))
+        return bool(await self._run(self._renew, [self._flights + key], [flight, _ms(term_s)]))
 
     async def put(self, key: str, flight: str, answer: bytes) -> None:
         await self._run(
             self._put,
-            [_BODIES, _AGES, _TOTAL, _FLIGHTS + key],
+            [self._bodies, self._ages, self._total, self._flights + key],
             [key, flight, answer, _ms(self._cache.ttl_s), self._cache.max_bytes],
         )
 
     async def end_flight(self, key: str, flight: str, *, alone_s: float = 0.0) -> None:
         alone_ms = _ms(alone_s) if alone_s else 0
-        await self._run(self._end, [_FLIGHTS + key], [flight, alone_ms])
+        await self._run(self._end, [self._flights + key], [flight, alone_ms])
 
     async def _run(self, script: Any, keys: list[str], arguments: list[Any]) -> Any:
         if self._clock.monotonic() < self._retry_at:

@@ -102,7 +102,8 @@ class _Connection(AsyncConnection[tuple[Any, ...]]):
             wanted = next(work)
             while True:
                 ready = yield wanted
-                if ready & Ready.R:
+                # Asked for again without a word after an interruption.
+                if ready and ready & Ready.R:
                     self._count()
                 wanted = work.send(ready)
         except StopIteration as end:

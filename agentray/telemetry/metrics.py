@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["Metrics"]
 
+_SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -87,3 +88,72 @@ class Metrics:
             "agentray_cache_failures", "Operations that Redis failed so far.", registry=r
         )
         self.streams = Gauge("agentray_streams_open", "Streams to clients now.", registry=r)
+        self._add_tools()
+
+    def _add_tools(self) -> None:
+        r = self.registry
+        of_tool = ["tenant", "tool"]
+        self.tool_calls = Counter(
+            "agentray_tool_calls",
+            "Calls of tools in the pool, by how they ended: ok, or the reason of the error.",
+            [*of_tool, "outcome"],
+            registry=r,
+        )
+        self.tool_wait_seconds = Histogram(
+            "agentray_tool_wait_seconds",
+            "Time from asking for a slot to having it.",
+            ["tool"],
+            registry=r,
+            buckets=_SHORT_SECONDS,
+        )
+        self.tool_run_seconds = Histogram(
+            "agentray_tool_run_seconds",
+            "Time that a call ran in its slot.",
+            ["tool"],
+            registry=r,
+            buckets=_SHORT_SECONDS,
+        )
+        self.tool_starts = Counter(
+            "agentray_tool_starts",
+            "Sandboxes that were begun, by what from: parked, warm, cold.",
+            ["start"],
+            registry=r,
+        )
+        self.tool_cpu_seconds = Counter(
+            "agentray_tool_cpu_seconds", "CPU time that calls used.", of_tool, registry=r
+        )
+        self.tool_memory_byte_seconds = Counter(
+            "agentray_tool_memory_byte_seconds",
+            "Peak memory of calls in bytes, times the seconds that they ran.",
+            of_tool,
+            registry=r,
+        )
+        self.tool_queue = Gauge(
+            "agentray_tool_queue", "Calls that wait for a slot, of all hosts.", registry=r
+        )
+        self.tool_slots_busy = Gauge(
+            "agentray_tool_slots_busy", "Slots that are leased, of all workers.", registry=r
+        )
+        self.tool_workers = Gauge("agentray_tool_workers", "Workers that run.", registry=r)
+
+    def tool_called(
+        self,
+        tenant: str,
+        tool: str,
+        outcome: str,
+        start: str,
+        *,
+        waited_s: float,
+        ran_s: float,
+        cpu_s: float,
+        memory_bytes: int,
+    ) -> None:
+        """Count a call of a tool that is settled."""
+        self.tool_calls.labels(tenant, tool, outcome).inc()
+        self.tool_wait_seconds.labels(tool).observe(waited_s)
+        if ran_s:
+            self.tool_run_seconds.labels(tool).observe(ran_s)
+            self.tool_cpu_seconds.labels(tenant, tool).inc(cpu_s)
+            self.tool_memory_byte_seconds.labels(tenant, tool).inc(memory_bytes * ran_s)
+        if start:
+            self.tool_starts.labels(start).inc()

@@ -9,9 +9,12 @@ import msgspec
 
 from agentray.tools.sandbox.base import Limits, Program, Tier
 
-__all__ = ["OnCrash", "ToolContext", "ToolResult", "ToolSpec", "Toolbox"]
+__all__ = ["GROUP", "OnCrash", "ToolContext", "ToolResult", "ToolSpec", "Toolbox"]
 
 OnCrash = Literal["retry", "report"]
+
+GROUP = ".*"
+"""The end of what stands for all tools of a group."""
 
 
 class ToolContext(msgspec.Struct, frozen=True):
@@ -45,12 +48,17 @@ class ToolSpec(msgspec.Struct, frozen=True):
     """A tool, run by one of two: ``run`` in a worker's own process, with the decoded arguments;
     ``program`` returns what a sandbox of ``tier`` runs.
 
+    ``run`` raises ``ToolError`` with what the model is told, and with the ``reason`` of a
+    ``ToolResult`` in its fields; what else it raises is an ``error`` by its name and message.
+
     ``here``: ``run`` is so small that the session's process runs it itself. ``on_crash`` decides
     what becomes of a call that had begun when its owner or worker died: ``retry`` runs it again
     with the same idempotency key, ``report`` tells the model that the outcome is unknown.
     ``cache_s``: results of equal calls of a tenant are shared for so long; ``version`` tells
     apart what another version computed. ``cpu`` (cores) is what a call is expected to use, for
     its cost while it is queued. ``keeps_scratch``: files of the session are there and are kept.
+    ``context_argument`` is the argument that the call's ``ToolContext`` comes under, whatever the
+    model says; none if it is empty.
     """
 
     name: str
@@ -67,13 +75,24 @@ class ToolSpec(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     cpu: float = 1.0
     keeps_scratch: bool = False
+    context_argument: str = ""
 
 
 class Toolbox:
-    """The tools of a process, by name."""
+    """The tools of a process, by name, and what has to be closed with them.
 
-    def __init__(self, specs: Iterable[ToolSpec]) -> None:
+    Where the tools of an agent are said, ``GROUP.*`` stands for all whose name begins with
+    ``GROUP__``: an OpenAPI document's, an MCP server's.
+    """
+
+    def __init__(
+        self,
+        specs: Iterable[ToolSpec],
+        *,
+        closers: Iterable[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
         self._specs = {spec.name: spec for spec in specs}
+        self._closers = list(closers)
         # Asked for with every model call, and the same for each agent.
         self._wires: dict[tuple[str, ...], bytes | None] = {}
 
@@ -91,20 +110,46 @@ class Toolbox:
         self._specs.update({spec.name: spec for spec in specs})
         self._wires.clear()
 
+    def offered(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of the tools that an agent has, where it names these."""
+        found: dict[str, None] = {}
+        for name in names:
+            if name.endswith(GROUP):
+                prefix = name.removesuffix(GROUP) + "__"
+                found.update(dict.fromkeys(own for own in self._specs if own.startswith(prefix)))
+            elif name in self._specs:
+                found[name] = None
+        return tuple(found)
+
+    def offers(self, names: Iterable[str], name: str) -> bool:
+        """Return whether a tool is one of those that an agent has, where it names these."""
+        return name in self._specs and any(
+            name == said or (said.endswith(GROUP) and name.startswith(said[: -len(GROUP)] + "__"))
+            for said in names
+        )
+
+    async def close(self) -> None:
+        """Close what the tools had open, the last that was opened first."""
+        while self._closers:
+            await self._closers.pop()()
+
     def on_crash(self, name: str) -> OnCrash:
         """Return what a crash means for a tool's calls; for an unknown tool, ``report``."""
         spec = self._specs.get(name)
         return spec.on_crash if spec else "report"
 
     def wire(self, names: Sequence[str]) -> bytes | None:
-        """Return the elements of ``tools`` in a chat request as JSON, or None for no tools."""
+        """Return the elements of ``tools`` in a chat request as JSON, or None for no tools.
+
+        ``names`` are those that an agent has, with groups.
+        """
         key = tuple(names)
         if key not in self._wires:
             self._wires[key] = self._encoded(key)
         return self._wires[key]
 
     def _encoded(self, names: Sequence[str]) -> bytes | None:
-        found = [self._specs[name] for name in names if name in self._specs]
+        found = [self._specs[name] for name in self.offered(names)]
         if not found:
             return None
         return b",".join(

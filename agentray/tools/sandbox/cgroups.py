@@ -1,0 +1,219 @@
+"""Give a slot a cgroup of its own, of version 2 or 1, and read there what it used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Cgroup", "Found", "find", "make"]
+
+Quota = Literal["memory", "pids", "cpu", "cpuacct"]
+_V1: tuple[Quota, ...] = ("memory", "pids", "cpu", "cpuacct")
+_V2_WITHOUT_CPU: tuple[Quota, ...] = ("memory", "pids", "cpuacct")
+_PERIOD_US = 100_000
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Where sub-cgroups can be made: a folder per controller (in version 2 the same for all)."""
+
+    version: Literal[0, 1, 2] = 0
+    folders: dict[Quota, str] = {}
+    missing: str = ""
+
+
+def _hierarchies(mounts: str) -> tuple[str, dict[Quota, str]]:
+    """Return the mount point of version 2 and those of version 1, from /proc/self/mounts."""
+    unified, v1 = "", dict[Quota, str]()
+    for line in mounts.splitlines():
+        _, point, kind, options, *_ = line.split()
+        if kind == "cgroup2":
+            unified = unified or point
+        elif kind == "cgroup":
+            for name in _V1:
+                if name in options.split(","):
+                    v1.setdefault(name, point)
+    return unified, v1
+
+
+def _own(membership: str) -> dict[str, str]:
+    """Return the path of this process by controller ("" for version 2), of /proc/self/cgroup."""
+    found: dict[str, str] = {}
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for name in controllers.split(","):
+            found[name] = path
+    return found
+
+
+def _can_make(folder: Path) -> bool:
+    probe = folder / f"agentray-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+    except OSError:
+        return False
+    writable = os.access(probe / "cgroup.procs", os.W_OK)
+    probe.rmdir()
+    return writable
+
+
+def _upward(mount: str, path: str) -> list[Path]:
+    """Return the own cgroup and those above it, up to the mount point."""
+    here = Path(mount + path) if path != "/" else Path(mount)
+    return [each for each in (here, *here.parents) if each.is_relative_to(mount)]
+
+
+def find(proc: Path = Path("/proc/self")) -> Found:
+    """Find where this process may make cgroups with memory and pids limits.
+
+    Version 2 wants them enabled for children by whoever runs the machine: cgroups that are not
+    ours are never changed.
+    """
+    try:
+        unified, v1 = _hierarchies((proc / "mounts").read_text())
+        own = _own((proc / "cgroup").read_text())
+    except OSError as error:
+        return Found(missing=f"cgroups cannot be read: {error}")
+    if unified:
+        for folder in _upward(unified, own.get("", "/")):
+            with contextlib.suppress(OSError):
+                enabled = (folder / "cgroup.subtree_control").read_text().split()
+                if {"memory", "pids"} <= set(enabled) and _can_make(folder):
+                    quotas = _V1 if "cpu" in enabled else _V2_WITHOUT_CPU
+                    return Found(2, dict.fromkeys(quotas, str(folder)))
+    folders: dict[Quota, str] = {}
+    for name, point in v1.items():
+        for folder in _upward(point, own.get(name, "/")):
+            if _can_make(folder):
+                folders[name] = str(folder)
+                break
+    if folders:
+        return Found(1, folders)
+    why = "no hierarchy is mounted" if not (unified or v1) else "no cgroup is writable here"
+    if unified and not v1:
+        why = (
+            "no cgroup above this process is writable and has memory and pids enabled for children"
+        )
+    return Found(missing=why)
+
+
+class Cgroup:
+    """The cgroup of one slot; in version 1 one folder per controller."""
+
+    def __init__(self, version: int, folders: Mapping[Quota, Path]) -> None:
+        self._version = version
+        self._folders = folders
+        self._memory_bytes = 0
+
+    @property
+    def quotas(self) -> frozenset[Quota]:
+        """What it limits or counts."""
+        return frozenset(self._folders)
+
+    def limit_memory(self, size_bytes: int) -> bool:
+        """Set the most memory; return whether it is limited now."""
+        if size_bytes == self._memory_bytes:
+            return True
+        name = "memory.max" if self._version == 2 else "memory.limit_in_bytes"
+        if self._write("memory", name, size_bytes):
+            self._memory_bytes = size_bytes
+            return True
+        return False
+
+    def limit(self, *, pids: int, cpu_share: float) -> None:
+        """Set the most processes and the share of a core."""
+        quota_us = max(1000, int(cpu_share * _PERIOD_US))
+        self._write("pids", "pids.max", pids)
+        if self._version == 2:
+            self._write("cpu", "cpu.max", f"{quota_us} {_PERIOD_US}")
+            self._write("memory", "memory.swap.max", 0)
+        else:
+            self._write("cpu", "cpu.cfs_period_us", _PERIOD_US)
+            self._write("cpu", "cpu.cfs_quota_us", quota_us)
+            self._write("memory", "memory.swappiness", 0)
+
+    def add(self, pid: int) -> None:
+        """Move a process in; its children follow.
+
+        Raises:
+            OSError: if the kernel refuses.
+        """
+        for folder in set(self._folders.values()):
+            (folder / "cgroup.procs").write_text(str(pid))
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of all that was ever in it, or 0."""
+        if self._version == 2:
+            found = self._fields("cpuacct", "cpu.stat").get("usage_usec", 0)
+            return found / 1e6
+        return self._number("cpuacct", "cpuacct.usage") / 1e9
+
+    def oom_kills(self) -> int:
+        """Return how often the kernel killed a process in it for memory."""
+        name = "memory.events" if self._version == 2 else "memory.oom_control"
+        return self._fields("memory", name).get("oom_kill", 0)
+
+    def memory_bytes(self) -> int:
+        """Return what is used now."""
+        name = "memory.current" if self._version == 2 else "memory.usage_in_bytes"
+        return self._number("memory", name)
+
+    def peak_bytes(self) -> int:
+        """Return the most that was used since it was made."""
+        name = "memory.peak" if self._version == 2 else "memory.max_usage_in_bytes"
+        return self._number("memory", name)
+
+    def remove(self) -> bool:
+        """Remove it; return False while a process is left in it."""
+        for folder in set(self._folders.values()):
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return False
+        return True
+
+    def _write(self, quota: Quota, name: str, value: int | str) -> bool:
+        folder = self._folders.get(quota)
+        if folder is None:
+            return False
+        try:
+            (folder / name).write_text(str(value))
+        except OSError:
+            return False
+        return True
+
+    def _number(self, quota: Quota, name: str) -> int:
+        folder = self._folders.get(quota)
+        if folder is None:
+            return 0
+        try:
+            return int((folder / name).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _fields(self, quota: Quota, name: str) -> dict[str, int]:
+        folder = self._folders.get(quota)
+        if folder is None:
+            return {}
+        try:
+            lines = (folder / name).read_text().splitlines()
+        except OSError:
+            return {}
+        return {key: int(value) for key, value in (line.split() for line in lines)}
+
+
+def make(found: Found, name: str) -> Cgroup | None:
+    """Make a cgroup of that name; None where none can be made."""
+    folders: dict[Quota, Path] = {}
+    for quota, parent in found.folders.items():
+        folder = Path(parent) / name
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            folders[quota] = folder
+    return Cgroup(found.version, folders) if folders else None

@@ -1,0 +1,220 @@
+"""Run programs in a jail: the supervisor's side of a slot, its zygote and its parked children."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import marshal
+import math
+import shutil
+import signal
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from agentray.errors import SandboxUnavailableError, ToolError
+from agentray.tools.sandbox import child as inside
+from agentray.tools.sandbox import scratch
+from agentray.tools.sandbox.attempt import Attempt
+from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, PythonCode, Run, Start, Tier
+from agentray.tools.sandbox.cgroups import Cgroup
+from agentray.tools.sandbox.supervisor import Child, Zygote
+from agentray.tools.sandbox.uids import UidLease
+
+__all__ = ["JailSlot"]
+
+_GONE_S = 5.0
+_RLIMITS = {
+    "cpu": "CPU",
+    "file_size": "FSIZE",
+    "memory": "AS",
+    "open_files": "NOFILE",
+    "pids": "NPROC",
+}
+# What inits and parked children take of a slot's memory beside its zygote.
+_OWN_BYTES = 24 * 1024 * 1024
+
+
+class JailSlot:
+    """A slot whose runs are children of a zygote: in namespaces and without rights, or plain.
+
+    See ``docs/decisions/0106-jail.md``.
+    """
+
+    def __init__(
+        self,
+        zygote: Zygote,
+        *,
+        tier: Tier,
+        ceiling: Limits,
+        parked: int,
+        cgroup: Cgroup | None,
+        lease: UidLease | None = None,
+        folder: str = "",
+        without: frozenset[str] = frozenset(),
+    ) -> None:
+        self._zygote = zygote
+        self._tier: Tier = tier
+        self._ceiling = ceiling
+        self._wanted = parked
+        self._cgroup = cgroup
+        self._lease = lease
+        self._folder = folder
+        self._without = without
+        self._counts_memory = cgroup is not None and "memory" in cgroup.quotas
+        self._sizes = self._sizes_of(ceiling)
+        self._parked: list[Child] = []
+        self._parking: set[asyncio.Task[None]] = set()
+        self._running = False
+        self._closed = False
+
+    @property
+    def tier(self) -> Tier:
+        return self._tier
+
+    async def run(self, run: Run) -> Outcome:
+        """Run a program to its end or its limits.
+
+        Cancelled, it has ended all processes of the run before it raises.
+
+        Raises:
+            ToolError: if the run asks for more than the slot's ceiling, or the slot is busy or
+                closed.
+        """
+        self._check(run.limits)
+        self._running = True
+        try:
+            return await self._run(run)
+        finally:
+            self._running = False
+            self.park()
+
+    async def close(self) -> None:
+        """End whatever runs and give everything back."""
+        self._closed = True
+        for task in self._parking:
+            task.cancel()
+        for each in self._parked:
+            each.close()
+        self._parked.clear()
+        await self._zygote.close()
+        if self._lease is not None:
+            self._lease.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def park(self) -> None:
+        """Begin to make children for the runs to come, if some are wanted."""
+        if self._closed or not self._zygote.alive:
+            return
+        while len(self._parked) + len(self._parking) < self._wanted:
+            task = asyncio.create_task(self._park_one())
+            self._parking.add(task)
+            task.add_done_callback(self._parking.discard)
+
+    async def _park_one(self) -> None:
+        with contextlib.suppress(OSError, SandboxUnavailableError):
+            self._parked.append(await self._zygote.fork(self._sizes))
+
+    def _check(self, limits: Limits) -> None:
+        if self._closed or self._running:
+            raise ToolError("the slot is closed" if self._closed else "the slot runs a program")
+        for name in Limits.__struct_fields__:
+            if getattr(limits, name) > getattr(self._ceiling, name):
+                raise ToolError(f"the run asks for more {name} than the slot has", limit=name)
+
+    async def _run(self, run: Run) -> Outcome:
+        try:
+            files = scratch.unpack(run.scratch, run.limits) if run.scratch else []
+        except scratch.ScratchError as error:
+            return Outcome("scratch", error=str(error))
+        begun = monotonic()
+        try:
+            child, start = await self._take(run.limits)
+        except (OSError, SandboxUnavailableError) as error:
+            return Outcome("failed", error=f"no child could be made: {error}")
+        if self._cgroup is not None and self._counts_memory and "memory" not in self._without:
+            own_bytes = self._zygote.own_bytes + _OWN_BYTES
+            self._cgroup.limit_memory(run.limits.memory_bytes + own_bytes)
+        attempt = Attempt(child, run, start, self._cgroup, without=self._without)
+        try:
+            await attempt.go(self._message(run, files), self._order(run))
+            if not attempt.reported:
+                await self._end(child)
+            return await attempt.outcome(monotonic() - begun, self._oom_killed)
+        except asyncio.CancelledError:
+            await self._end(child)
+            raise
+        finally:
+            child.close()
+
+    async def _end(self, child: Child) -> None:
+        child.kill()
+        if not await child.gone(_GONE_S):
+            child.signal(signal.SIGKILL)
+
+    def _oom_killed(self) -> bool:
+        """Return whether the kernel killed for memory since this was asked last."""
+        if self._cgroup is None:
+            return False
+        before, self._zygote.oom_kills = self._zygote.oom_kills, self._cgroup.oom_kills()
+        return self._zygote.oom_kills > before
+
+    async def _take(self, limits: Limits) -> tuple[Child, Start]:
+        self._sizes = sizes = self._sizes_of(limits)
+        if not self._parked and self._parking:
+            # One is on its way: sooner here than another would be.
+            await asyncio.wait(self._parking, return_when=asyncio.FIRST_COMPLETED)
+        while self._parked:
+            child = self._parked.pop(0)
+            if child.ended:
+                child.close()
+                continue
+            if child.sizes != sizes:
+                await self._zygote.resize(child, sizes)
+            return child, "parked"
+        start: Start = "warm"
+        if not self._zygote.alive:
+            await self._zygote.start()
+            start = "cold"
+        return await self._zygote.fork(sizes), start
+
+    def _sizes_of(self, limits: Limits) -> tuple[int, int]:
+        # Nothing is how a tmpfs is told not to mind.
+        size_bytes = 0 if "scratch" in self._without else limits.scratch_bytes
+        # Two are its own: its root, and the folder for temporary files.
+        return size_bytes, 0 if "files" in self._without else limits.scratch_files + 2
+
+    def _order(self, run: Run) -> bytes:
+        limits, without = run.limits, self._without
+        counted = self._counts_memory or "memory" in without
+        return inside.ORDER.pack(
+            math.inf if "cpu" in without else limits.cpu_s,
+            0 if counted else limits.memory_bytes,
+            limits.scratch_bytes,
+            run.keep_scratch,
+        )
+
+    def _message(self, run: Run, files: Sequence[scratch.Entry]) -> bytes:
+        limits = run.limits
+        rlimits = {
+            "CPU": max(1, math.ceil(limits.cpu_s)),
+            "NOFILE": limits.open_files,
+            "FSIZE": limits.scratch_bytes,
+        }
+        if self._tier == "jail":
+            # Inits and parked children have the same uid, and unprivileged the zygote as well.
+            rlimits["NPROC"] = limits.pids + 2 + 2 * self._wanted
+        if not self._counts_memory:
+            rlimits["AS"] = limits.memory_bytes
+        for name in self._without:
+            rlimits.pop(_RLIMITS.get(name, ""), None)
+        found = run.program
+        if isinstance(found, PythonCode):
+            task: tuple[Any, ...] = ("python", found.code, None)
+        elif isinstance(found, FunctionCall):
+            task = ("function", found.target, found.arguments)
+        else:
+            task = ("shell", found.script, self._zygote.environment)
+        content = marshal.dumps((*task, rlimits, [each.wire() for each in files]))
+        return len(content).to_bytes(8, "little") + content

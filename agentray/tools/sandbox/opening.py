@@ -1,0 +1,222 @@
+"""Open slots: the one entry to the sandboxes, whatever their tier."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from agentray.errors import SandboxUnavailableError
+from agentray.tools.sandbox import cgroups, layout, seccomp
+from agentray.tools.sandbox.base import Limits, Slot, Tier
+from agentray.tools.sandbox.jail import JailSlot
+from agentray.tools.sandbox.supervisor import Zygote
+from agentray.tools.sandbox.uids import UidLease
+
+__all__ = ["DEFENCES", "open_jail", "open_slot", "unsupported"]
+
+DEFENCES = frozenset(
+    {
+        "cpu",
+        "file_size",
+        "files",
+        "memory",
+        "network",
+        "open_files",
+        "output",
+        "pids",
+        "proc",
+        "scratch",
+        "seccomp",
+        "seed",
+        "user",
+    }
+)
+"""What of a jail can be left off, one by one, to see that an attack works without it."""
+
+# Within the namespace of an unprivileged caller, where its own uid goes by this number.
+_UID_INSIDE = 1000
+_WEAKER: dict[Tier, tuple[Tier, ...]] = {
+    "gvisor": ("jail", "process"),
+    "jail": ("process",),
+    "process": (),
+}
+_PARKED = 1
+
+
+async def open_slot(
+    tier: Tier,
+    *,
+    ceiling: Limits = Limits(),
+    parked: bool = True,
+    libraries: Sequence[str] = (),
+    paths: Sequence[str] = (),
+    cpu_share: float = 1.0,
+    weaker_tier_allowed: bool = False,
+) -> Slot:
+    """Open a slot of a tier.
+
+    Args:
+        ceiling: the most that any run in the slot may ask for.
+        parked: fork the next run's child ahead.
+        libraries: modules to import once, before the forks.
+        paths: folders of the operator's code: there read-only, and on ``sys.path``.
+        cpu_share: cores that all of the slot may use.
+        weaker_tier_allowed: where the tier cannot be had, take the strongest weaker one that can;
+            the slot's ``tier`` says which it is.
+
+    Raises:
+        SandboxUnavailableError: if this machine cannot give the tier; what it lacks is in it.
+    """
+    try:
+        if tier == "process":
+            return await _open_process(ceiling, parked, libraries, paths, cpu_share)
+        if tier == "jail":
+            return await open_jail(
+                ceiling=ceiling,
+                parked=parked,
+                libraries=libraries,
+                paths=paths,
+                cpu_share=cpu_share,
+            )
+        raise SandboxUnavailableError("no runsc was found on PATH", tier=tier)
+    except SandboxUnavailableError as error:
+        weaker = _WEAKER[tier]
+        if not (weaker_tier_allowed and weaker):
+            raise SandboxUnavailableError(
+                f"the tier {tier!r} cannot be had here: {error.message}; "
+                + (
+                    f"weaker tiers to opt into: {', '.join(weaker)}" if weaker else "none is weaker"
+                ),
+                tier=tier,
+                missing=error.message,
+                weaker=list(weaker),
+            ) from error
+    return await open_slot(
+        _WEAKER[tier][0],
+        ceiling=ceiling,
+        parked=parked,
+        libraries=libraries,
+        paths=paths,
+        cpu_share=cpu_share,
+        weaker_tier_allowed=True,
+    )
+
+
+def unsupported() -> str:
+    """Return why this machine cannot have jails at all, or nothing."""
+    if sys.platform != "linux":
+        return f"jails are made of Linux namespaces, and this is {sys.platform}"
+    machine = platform.machine()
+    if machine != "x86_64" or sys.maxsize < 2**32:
+        return f"the filter of system calls is written for x86_64, and this is {machine}"
+    return ""
+
+
+async def open_jail(
+    *,
+    ceiling: Limits = Limits(),
+    parked: bool = True,
+    libraries: Sequence[str] = (),
+    paths: Sequence[str] = (),
+    cpu_share: float = 1.0,
+    network: bool = False,
+    without: frozenset[str] = frozenset(),
+) -> JailSlot:
+    """Open a jail; :func:`open_slot` is the way to one.
+
+    ``network`` gives it the machine's network, ``without`` names defences to leave off: for
+    tests, which show that each of them holds something back.
+
+    Raises:
+        SandboxUnavailableError: if this machine cannot give it.
+    """
+    if why := unsupported():
+        raise SandboxUnavailableError(why, tier="jail")
+    root = os.geteuid() == 0
+    network = network or "network" in without
+    config: dict[str, Any] = {
+        **layout.layout(paths),
+        "isolated": True,
+        "root": root,
+        "uid": _UID_INSIDE,
+        "gid": _UID_INSIDE,
+        "network": network,
+        "filter": b"" if "seccomp" in without else seccomp.program(network=network),
+        "paths": list(paths),
+        "environment": layout.environment(),
+    }
+    lease = None
+    if root:
+        try:
+            lease = UidLease()
+        except OSError as error:
+            raise SandboxUnavailableError(f"no uid for the slot: {error}", tier="jail") from error
+        config["uid"] = config["gid"] = lease.uid
+    return await _open("jail", config, ceiling, parked, libraries, cpu_share, lease, without)
+
+
+async def _open_process(
+    ceiling: Limits,
+    parked: bool,
+    libraries: Sequence[str],
+    paths: Sequence[str],
+    cpu_share: float,
+) -> JailSlot:
+    config: dict[str, Any] = {
+        "isolated": False,
+        "root": os.geteuid() == 0,
+        "uid": os.geteuid(),
+        "gid": os.getegid(),
+        "filter": b"",
+        "paths": [*paths, *(each for each in sys.path if each)],
+        # It runs the operator's own functions, with what the operator gave this process.
+        "environment": dict(os.environ),
+        "scratch": tempfile.mkdtemp(prefix="agentray-"),
+    }
+    return await _open("process", config, ceiling, parked, libraries, cpu_share, None, frozenset())
+
+
+async def _open(
+    tier: Tier,
+    config: dict[str, Any],
+    ceiling: Limits,
+    parked: bool,
+    libraries: Sequence[str],
+    cpu_share: float,
+    lease: UidLease | None,
+    without: frozenset[str],
+) -> JailSlot:
+    depth = _PARKED if parked else 0
+    cgroup = cgroups.make(cgroups.find(), f"agentray-{os.getpid()}-{os.urandom(4).hex()}")
+    if cgroup is not None:
+        # Beside the program: the zygote, and an init each for it and what is parked.
+        pids = 1_000_000 if "pids" in without else ceiling.pids + 4 + 2 * depth
+        cgroup.limit(pids=pids, cpu_share=cpu_share)
+    config |= {
+        "proc": "",
+        "python": layout.interpreter(),
+        "libraries": list(libraries),
+        "without": sorted(without),
+    }
+    zygote = Zygote(config, cgroup, tier)
+    slot = JailSlot(
+        zygote,
+        tier=tier,
+        ceiling=ceiling,
+        parked=depth,
+        cgroup=cgroup,
+        lease=lease,
+        folder=config.get("scratch", ""),
+        without=without,
+    )
+    try:
+        await zygote.start()
+    except BaseException:
+        await slot.close()
+        raise
+    slot.park()
+    return slot

@@ -1,0 +1,310 @@
+"""Start a slot's zygote, and hold the ends of its children: what the worker's process does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import marshal
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agentray.errors import SandboxUnavailableError
+from agentray.tools.sandbox import layout
+from agentray.tools.sandbox.base import Tier
+from agentray.tools.sandbox.cgroups import Cgroup
+from agentray.tools.sandbox.pipes import Drain
+
+__all__ = ["Child", "Zygote"]
+
+_START_S = 20.0
+_FORK_S = 10.0
+_DESCRIPTORS = 5
+_BOOTSTRAP = """
+import os, sys
+from types import ModuleType
+given = int(sys.argv.pop())
+if given != 3:
+    os.dup2(given, 3, inheritable=False)
+    os.close(given)
+at = os.read(3, 4096).decode()
+for name in ("agentray", "agentray.tools", "agentray.tools.sandbox"):
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [at]
+del os, at, given, name, ModuleType
+__import__("agentray.tools.sandbox.zygote", fromlist=["main"]).main()()
+"""
+
+
+class Child:
+    """A child in its jail, that waits for a program or runs it."""
+
+    def __init__(
+        self, serial: int, sizes: tuple[int, int], fds: list[int], *, isolated: bool
+    ) -> None:
+        task, status, out, err, self._pidfd = fds
+        self.serial = serial
+        self.sizes = sizes
+        self.isolated = isolated
+        self.listener: Callable[[], None] = lambda: None
+        self.result = Drain(task, self._notify)
+        self.status = Drain(status, self._notify, most=4096)
+        self.out = Drain(out, self._notify)
+        self.err = Drain(err, self._notify)
+        self.cpu_s = 0.0
+        self.peak_bytes = 0
+        self._ended = asyncio.Event()
+        self._rest = memoryview(b"")
+        self._dead = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over: it cannot run anything."""
+        return self.status.closed or self._ended.is_set()
+
+    def send(self, order: bytes, message: bytes) -> bool:
+        """Send the program; return whether all of it is sent."""
+        with contextlib.suppress(OSError):
+            os.write(self.status.descriptor, order)
+        self._rest = memoryview(message)
+        return self._write()
+
+    async def send_rest(self) -> None:
+        """Send what did not fit, as the child reads it."""
+        loop = asyncio.get_running_loop()
+        while not self._write():
+            writable = loop.create_future()
+            loop.add_writer(self.result.descriptor, _settle, writable)
+            try:
+                await writable
+            finally:
+                if not self.result.closed:
+                    loop.remove_writer(self.result.descriptor)
+
+    def _write(self) -> bool:
+        while self._rest:
+            if self.result.closed:
+                return True
+            try:
+                self._rest = self._rest[os.write(self.result.descriptor, self._rest) :]
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its init."""
+        if not self._dead:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """End all its processes: with the init of a pid namespace goes all that is in it.
+
+        Without one the init has to find and end them, and does.
+        """
+        self.signal(signal.SIGKILL if self.isolated else signal.SIGUSR1)
+
+    async def gone(self, timeout_s: float) -> bool:
+        """Wait until the zygote has seen its end; return whether it has."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        return self._ended.is_set()
+
+    def close(self) -> None:
+        """End it, and let go of its descriptors."""
+        if self._dead:
+            return
+        self.kill()
+        self._dead = True
+        os.close(self._pidfd)
+        for each in (self.result, self.status, self.out, self.err):
+            each.close()
+
+    def was_reaped(self, cpu_s: float, peak_bytes: int) -> None:
+        self.cpu_s, self.peak_bytes = cpu_s, peak_bytes
+        self._ended.set()
+
+    def _notify(self) -> None:
+        self.listener()
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Zygote:
+    """The process that a slot's children are forked from."""
+
+    def __init__(self, config: dict[str, Any], cgroup: Cgroup | None, tier: Tier) -> None:
+        self._config = config
+        self._cgroup = cgroup
+        self._tier = tier
+        self._process: asyncio.subprocess.Process | None = None
+        self._control: socket.socket | None = None
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._children: dict[int, Child] = {}
+        self._serial = 0
+        self.oom_kills = 0
+        self.own_bytes = 0
+        self.proc = ""
+
+    @property
+    def alive(self) -> bool:
+        return self._control is not None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What programs have as their environment."""
+        return self._config["environment"]
+
+    async def start(self) -> None:
+        """Start it and wait until it is in its root.
+
+        Raises:
+            SandboxUnavailableError: if it cannot go there; the message says what failed.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        process = None
+        try:
+            process = await self._spawn(theirs)
+            theirs.close()
+            if self._cgroup is not None:
+                self._cgroup.add(process.pid)
+            ours.send(str(Path(__file__).parent).encode())
+            ours.send(marshal.dumps(self._config))
+            answer = await asyncio.wait_for(
+                asyncio.get_running_loop().sock_recv(ours, 65536), _START_S
+            )
+            if not answer:
+                raise SandboxUnavailableError("the zygote died as it started", tier=self._tier)
+            kind, *facts = json.loads(answer)
+            if kind != "ready":
+                raise SandboxUnavailableError(
+                    f"it could not be set up: {facts[0]}", tier=self._tier
+                )
+        except BaseException:
+            ours.close()
+            theirs.close()
+            if process is not None:
+                await _ended(process)
+            raise
+        self._process, self._control = process, ours
+        self.proc = facts[0]
+        if self._cgroup is not None:
+            self.own_bytes = self._cgroup.memory_bytes()
+            self.oom_kills = self._cgroup.oom_kills()
+        asyncio.get_running_loop().add_reader(ours, self._readable)
+
+    async def _spawn(self, control: socket.socket) -> asyncio.subprocess.Process:
+        # The socket becomes descriptor 3 there, and is the only one above stderr.
+        return await asyncio.create_subprocess_exec(
+            layout.interpreter(),
+            *("-I", "-S", "-u", "-X", "utf8", "-c", _BOOTSTRAP, str(control.fileno())),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            pass_fds=(control.fileno(),),
+            start_new_session=True,
+        )
+
+    async def fork(self, sizes: tuple[int, int]) -> Child:
+        """Return a new child that jails itself and waits for a program.
+
+        Raises:
+            OSError: if the zygote could not make one.
+            SandboxUnavailableError: if the zygote is gone.
+        """
+        self._serial += 1
+        self._sizes[self._serial] = sizes
+        return await self._ask("fork", self._serial, sizes)
+
+    async def resize(self, child: Child, sizes: tuple[int, int]) -> None:
+        """Give a parked child's scratch other limits."""
+        await self._ask("resize", child.serial, sizes)
+        child.sizes = sizes
+
+    async def close(self) -> None:
+        """End it and all its children, and remove its cgroup."""
+        self._lost()
+        if self._process is not None:
+            await _ended(self._process)
+        for _ in range(100):
+            if self._cgroup is None or self._cgroup.remove():
+                return
+            await asyncio.sleep(0.01)
+
+    async def _ask(self, what: str, serial: int, sizes: tuple[int, int]) -> Any:
+        if self._control is None:
+            raise SandboxUnavailableError("the zygote is gone", tier=self._tier)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[serial] = future
+        try:
+            self._control.send(marshal.dumps((what, serial, *sizes)))
+            return await asyncio.wait_for(future, _FORK_S)
+        finally:
+            self._waiting.pop(serial, None)
+
+    def _readable(self) -> None:
+        while self._control is not None:
+            try:
+                message, fds, _, _ = socket.recv_fds(self._control, 65536, _DESCRIPTORS)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, fds = b"", []
+            if not message:
+                self._lost()
+                return
+            self._told(json.loads(message), list(fds))
+
+    def _told(self, message: list[Any], fds: list[int]) -> None:
+        kind, serial, *facts = message
+        if kind == "ended":
+            child = self._children.pop(serial, None)
+            if child is not None:
+                child.was_reaped(facts[1] + facts[2], facts[3])
+            return
+        future = self._waiting.get(serial)
+        found: Any = None
+        if kind == "forked":
+            found = self._children[serial] = Child(
+                serial, self._sizes.pop(serial), fds, isolated=self._config["isolated"]
+            )
+        if future is None or future.done():
+            if found is not None:
+                found.close()
+        elif kind == "refused":
+            self._sizes.pop(serial, None)
+            future.set_exception(OSError(facts[0]))
+        else:
+            future.set_result(found)
+
+    def _lost(self) -> None:
+        control, self._control = self._control, None
+        if control is None:
+            return
+        asyncio.get_running_loop().remove_reader(control)
+        control.close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(SandboxUnavailableError("the zygote died", tier=self._tier))
+        for child in self._children.values():
+            child.was_reaped(0.0, 0)
+        self._children.clear()

@@ -1,0 +1,187 @@
+"""Carry out one call after another in a worker: find the tool, check, run, and tell how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, relevance
+from referencing import Registry
+
+from agentray.errors import ToolError
+from agentray.telemetry.logging import get_logger
+from agentray.tools.code import printed
+from agentray.tools.runner import Ask
+from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, Run, Slot, Tier
+from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
+
+__all__ = ["OpenSlot", "SpecRunner", "arguments_problem"]
+
+log = get_logger(__name__)
+
+OpenSlot = Callable[[Tier], Awaitable[Slot]]
+"""Opens a sandbox's slot; raises ``ToolError`` where the tier cannot be had."""
+
+# JSON of a journal and of a database cannot have it.
+_NUL = {0: "\N{REPLACEMENT CHARACTER}"}
+_NOTHING_ELSE: Registry[Any] = Registry()
+_SHOWN_CHARS = 200
+
+
+class SpecRunner:
+    """A worker's slot: runs one call at a time, in its own process or in its sandboxes.
+
+    A sandbox of each tier is opened when it is first needed, and kept.
+    """
+
+    def __init__(self, toolbox: Toolbox, open_slot: OpenSlot) -> None:
+        self._toolbox = toolbox
+        self._open_slot = open_slot
+        self._slots: dict[Tier, Slot] = {}
+
+    async def prepare(self, tier: Tier) -> None:
+        """Open a sandbox ahead of its first call.
+
+        Raises:
+            ToolError: the tier cannot be had.
+        """
+        if tier not in self._slots:
+            self._slots[tier] = await self._open_slot(tier)
+
+    async def run(self, call: Ask) -> ToolResult:
+        """Run a call; whatever becomes of it is a result. A cancellation ends it and goes on."""
+        spec = self._toolbox.get(call.tool)
+        if spec is None:
+            return _error(f"There is no tool {call.tool[:80]!r}.", "refused")
+        try:
+            arguments = msgspec.json.decode(call.arguments or b"{}", type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return _error(f"Not run: the arguments are no JSON object: {error}.", "invalid")
+        if (problem := arguments_problem(arguments, spec.parameters)) is not None:
+            return _error(f"Not run: {problem}.", "invalid")
+        context = ToolContext(call.tenant, call.session_id, _idempotency_key(call))
+        if spec.context_argument:
+            arguments[spec.context_argument] = msgspec.to_builtins(context)
+        try:
+            if spec.run is not None:
+                return await self._here(spec, arguments, context, call)
+            if spec.program is not None:
+                return await self._sandboxed(spec, arguments, call)
+            return _error(f"The tool {spec.name} has nothing that runs.", "refused")
+        except ToolError as error:
+            return _error(error.message, str(error.fields.get("reason", "error")))
+        except Exception as error:  # noqa: BLE001 - its own failure is a result for the model
+            log.info("tool_failed", tool=spec.name, error=type(error).__name__)
+            return _error(f"{type(error).__name__}: {error}", "error")
+
+    async def close(self) -> None:
+        """End whatever runs and give everything back."""
+        while self._slots:
+            _, slot = self._slots.popitem()
+            await slot.close()
+
+    async def _here(
+        self, spec: ToolSpec, arguments: dict[str, Any], context: ToolContext, call: Ask
+    ) -> ToolResult:
+        assert spec.run is not None
+        timeout_s = min(spec.timeout_s, call.timeout_s)
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                output = await spec.run(arguments, context)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return _error(f"The tool took longer than {timeout_s:g} s.", "timeout")
+        return ToolResult("ok", _bounded(output, spec.limits))
+
+    async def _sandboxed(self, spec: ToolSpec, arguments: dict[str, Any], call: Ask) -> ToolResult:
+        assert spec.program is not None
+        program = spec.program(arguments)
+        limits = spec.limits
+        if call.timeout_s < limits.wall_s:
+            limits = msgspec.structs.replace(limits, wall_s=max(0.001, call.timeout_s))
+        try:
+            await self.prepare(spec.tier)
+        except ToolError as error:
+            return _error(error.message, str(error.fields.get("reason", "refused")))
+        slot = self._slots[spec.tier]
+        scratch = call.scratch if spec.keeps_scratch else b""
+        outcome = await slot.run(Run(program, limits, scratch, keep_scratch=spec.keeps_scratch))
+        if outcome.reason == "failed":
+            # Whatever broke it must not break the next call: that gets a new one.
+            log.warning("sandbox_failed", tool=spec.name, tier=spec.tier)
+            del self._slots[spec.tier]
+            await slot.close()
+        returned = isinstance(program, FunctionCall)
+        output = _returned(outcome, limits) if returned else printed(outcome, limits)
+        return ToolResult(
+            status="ok" if outcome.reason == "ok" else "error",
+            output=_bounded(output, limits),
+            reason="" if outcome.reason == "ok" else outcome.reason,
+            scratch=outcome.scratch if spec.keeps_scratch else None,
+            start=outcome.start,
+            cpu_s=outcome.usage.cpu_s,
+            memory_bytes=outcome.usage.memory_bytes,
+        )
+
+
+def arguments_problem(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
+    """Return why arguments do not fit a tool's JSON schema, or None if they do."""
+    encoded = msgspec.json.encode(schema, order="deterministic")
+    try:
+        errors: list[ValidationError] = list(_validator(encoded).iter_errors(arguments))
+    except Exception as error:  # noqa: BLE001 - e.g. a reference of an MCP server's to nowhere
+        return f"the schema of its arguments cannot be checked: {type(error).__name__}"
+    if not errors:
+        return None
+    error = max(errors, key=relevance)
+    where = error.json_path.removeprefix("$").removeprefix(".")
+    message = error.message
+    if len(message) > _SHOWN_CHARS:
+        message = message[:_SHOWN_CHARS] + "…"
+    return f"{where}: {message}" if where else message
+
+
+@lru_cache(maxsize=256)
+def _validator(schema: bytes) -> Any:
+    # With a registry that has nothing, so that no reference is fetched from the network.
+    return Draft202012Validator(msgspec.json.decode(schema), registry=_NOTHING_ELSE)
+
+
+def _returned(outcome: Outcome, limits: Limits) -> str:
+    if outcome.reason != "ok" or outcome.result is None:
+        if outcome.reason == "exit" and outcome.error:
+            return outcome.error
+        return printed(outcome, limits)
+    text = outcome.result.decode(errors="replace")
+    try:
+        found = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+    return found if isinstance(found, str) else text
+
+
+def _bounded(output: str, limits: Limits) -> str:
+    output = output.translate(_NUL)
+    encoded = output.encode(errors="replace")
+    # A reason and two marks come on top of what was printed.
+    most = limits.output_bytes + 1024
+    if len(encoded) <= most:
+        return encoded.decode()
+    kept = encoded[:most].decode(errors="ignore")
+    return f"{kept}\n[cut here: {len(encoded) - most} more bytes are not shown]"
+
+
+def _idempotency_key(call: Ask) -> str:
+    # Other services see it: whose call it is, is not theirs to know.
+    return hashlib.sha256(call.key.encode(errors="replace")).hexdigest()[:32]
+
+
+def _error(output: str, reason: str) -> ToolResult:
+    return ToolResult("error", output.translate(_NUL), reason)

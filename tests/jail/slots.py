@@ -1,0 +1,60 @@
+"""Jails for the tests: whole ones, and ones that lack a defence, which only tests can open."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, Run, Slot
+from agentray.tools.sandbox.opening import open_slot
+
+__all__ = ["Jails", "opened_jail"]
+
+CEILING = Limits(
+    wall_s=20.0,
+    cpu_s=10.0,
+    memory_bytes=256 * 1024 * 1024,
+    pids=16,
+    open_files=64,
+    scratch_bytes=64 * 1024 * 1024,
+    scratch_files=200,
+    output_bytes=64 * 1024,
+)
+
+
+async def _opened(without: frozenset[str]) -> Slot:
+    if without:
+        raise NotImplementedError
+    return await open_slot("jail", ceiling=CEILING)
+
+
+@asynccontextmanager
+async def opened_jail(without: frozenset[str] = frozenset()) -> AsyncIterator[Slot]:
+    """Open a jail; ``without`` names what it is to leave out."""
+    slot = await _opened(without)
+    try:
+        yield slot
+    finally:
+        await slot.close()
+
+
+class Jails:
+    """Jails that lack a defence, opened once for all controls that need the same one."""
+
+    def __init__(self) -> None:
+        self._open: dict[frozenset[str], Slot] = {}
+
+    async def run(self, run: Run, *, without: frozenset[str]) -> Outcome:
+        slot = self._open.get(without)
+        if slot is None:
+            self._open[without] = slot = await _opened(without)
+        outcome = await slot.run(run)
+        # An attack that worked may have broken the place for the next one.
+        after = await slot.run(Run(PythonCode("print(1)")))
+        if after.stdout != b"1\n":
+            await self._open.pop(without).close()
+        return outcome
+
+    async def close(self) -> None:
+        while self._open:
+            await self._open.popitem()[1].close()
