@@ -60,9 +60,7 @@ async def open_waiting(count: int) -> Sequence[Runner]:
     return [WaitingRunner() for _ in range(count)]
 
 
-def ask(
-    key: str, *, tenant: str = "acme", session: str = "s", epoch: int = 1, **given: Any
-) -> Ask:
+def ask(key: str, *, tenant: str = "acme", session: str = "s", epoch: int = 1, **given: Any) -> Ask:
     """Return a call of a tool; what is not a field of it is an argument of the runner."""
     fields = {name: given.pop(name) for name in list(given) if name in Ask.__struct_fields__}
     fields.setdefault("tool", "wait")

@@ -14,6 +14,7 @@ BUILT_IN = ("echo", "python", "shell")
 """The tools that are there without being configured."""
 
 # What models' endpoints take as the name of a function is up to 64 of these.
+_MOST_NAME_CHARS = 64
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Its tools are called NAME__TOOL; the name itself must not look like one.
 _GROUP_NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_-]{0,30}")
@@ -56,11 +57,12 @@ def _sql_tool(name: str) -> str:
 def _in_group(tool: str, groups: Mapping[str, str], tools: ToolsSettings) -> bool:
     if tool.endswith(".*"):
         return tool[:-2] in groups
-    group, found, operation = tool.partition("__")
+    group, found, _ = tool.partition("__")
     if not found or group not in groups or not _TOOL_NAME.fullmatch(tool):
         return False
     listed = tools.openapi[group].operations if groups[group] == "openapi" else ()
-    return not listed or operation in {_UNFIT.sub("_", name) for name in listed}
+    names = [f"{group}__{_UNFIT.sub('_', name)}"[:_MOST_NAME_CHARS] for name in listed]
+    return not listed or tool in names
 
 
 def _bad_names(tools: ToolsSettings, built_in: Collection[str]) -> Iterator[tuple[Path, str]]:
@@ -76,7 +78,7 @@ def _bad_names(tools: ToolsSettings, built_in: Collection[str]) -> Iterator[tupl
         for name in entries:
             path = ("tools", kind, name)
             called = _sql_tool(name) if kind == "sql" else name
-            if not pattern.fullmatch(name) or not _TOOL_NAME.fullmatch(called):
+            if not pattern.fullmatch(called):
                 yield path, f"is a part of what models call it; {expected}"
             if called in taken:
                 yield path, f"{taken[called]} has this name; expected another one"

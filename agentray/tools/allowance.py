@@ -48,6 +48,9 @@ class TenantBuckets:
         self._burst = burst
         self._buckets: dict[tuple[str, ...], Bucket] = {}
 
+    def __len__(self) -> int:
+        return len(self._buckets)
+
     def get(self, key: tuple[str, ...], now: float) -> Bucket:
         found = self._buckets.get(key)
         if found is None:

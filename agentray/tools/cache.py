@@ -32,16 +32,10 @@ _ALONE_S = 2.0
 _results = msgspec.json.Decoder(ToolResult)
 
 
-def result_key(tenant: str, spec: ToolSpec, arguments: bytes) -> str | None:
-    """Return the digest of what decides a result, or None if the arguments are no JSON object.
-
-    The order of keys and spaces count for nothing; 1.0 is 1.
-    """
-    try:
-        found = msgspec.json.decode(arguments or b"{}", type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    parts = [_LAYOUT, tenant, spec.name, spec.version, _plain(found)]
+def result_key(tenant: str, spec: ToolSpec, arguments: dict[str, Any]) -> str:
+    """Return the digest of what decides a result: the order of keys counts for nothing, and 1.0
+    is 1."""
+    parts = [_LAYOUT, tenant, spec.name, spec.version, _plain(arguments)]
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
 
@@ -56,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 class ResultCache:
-    """The results of one process and event loop; see ``get_or_run``.
+    """The results of one process and event loop; see ``get``.
 
     ``owner`` is the process's id, which no other has or had. ``store`` keeps results for the
     longest cache time of any tool at least.
@@ -82,41 +76,41 @@ class ResultCache:
         self._flights: dict[str, asyncio.Future[ToolResult | None]] = {}
         self._begun = 0
 
-    async def get_or_run(
+    async def get(
         self,
-        tenant: str,
         spec: ToolSpec,
-        arguments: bytes,
-        call: Callable[[], Awaitable[ToolResult]],
+        tenant: str,
+        arguments: dict[str, Any],
+        run: Callable[[], Awaitable[ToolResult]],
     ) -> ToolResult:
-        """Return the result of ``call``, or of an equal one of the tenant's that is not too old.
+        """Return the result of ``run``, or of an equal one of the tenant's that is not too old.
 
         Only a tool with ``cache_s`` that keeps no files shares results, and only good ones: whoever
         waited for a call that failed makes his own. Whoever waited for one that was cancelled is
         the next to make it. With the store away, equal calls of this process still share one.
 
         Raises:
-            Exception: what ``call`` raised, for its own caller only.
+            Exception: what ``run`` raised, for its own caller only.
         """
+        if spec.cache_s <= 0 or spec.keeps_scratch:
+            return await run()
         key = result_key(tenant, spec, arguments)
-        if key is None or spec.cache_s <= 0 or spec.keeps_scratch:
-            return await call()
         # Twice its run: it may have waited in a queue before.
         until = self._clock.monotonic() + 2 * spec.timeout_s
         while (flight := self._flights.get(key)) is not None:
             left_s = until - self._clock.monotonic()
             await asyncio.wait({flight}, timeout=max(0.0, left_s))
             if not flight.done():
-                return await call()
+                return await run()
             if flight.cancelled():
                 continue
             if (found := flight.result()) is not None:
                 self._count("shared")
                 return msgspec.structs.replace(found, cached=True)
-            return await call()
+            return await run()
         flight = self._flights[key] = asyncio.get_running_loop().create_future()
         try:
-            result = await self._fly(key, spec, call, until)
+            result = await self._fly(key, spec, run, until)
             flight.set_result(result if _worth_sharing(result) else None)
             return result
         except asyncio.CancelledError:
@@ -132,7 +126,7 @@ class ResultCache:
         self,
         key: str,
         spec: ToolSpec,
-        call: Callable[[], Awaitable[ToolResult]],
+        run: Callable[[], Awaitable[ToolResult]],
         until: float,
     ) -> ToolResult:
         self._begun += 1
@@ -141,12 +135,12 @@ class ResultCache:
         if found is not None:
             return found
         if not begun:
-            return await call()
+            return await run()
         renewing = asyncio.create_task(self._renew(key, name))
         kept = False
         alone_s = 0.0
         try:
-            result = await call()
+            result = await run()
             kept = _worth_sharing(result) and await self._keep(key, name, result)
             # Those who wait elsewhere would else fail one after another.
             alone_s = 0.0 if kept else _ALONE_S
@@ -179,7 +173,8 @@ class ResultCache:
                     return False, found
             if begun.outcome != "waits" or self._clock.monotonic() >= until:
                 self._count("miss")
-                return begun.outcome == "leads", None
+                # In the place of one that is damaged comes the new one.
+                return begun.outcome in ("leads", "answer"), None
             await self._sleep(pause_s)
             pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from agentray.config.tool_settings import CodeSettings, SandboxSettings
-from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, ShellScript
+from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, ShellScript, Tier
 from agentray.tools.spec import ToolSpec
 
-__all__ = ["code_tools", "limits_of", "printed"]
+__all__ = ["ceiling", "code_tools", "limits_of", "printed"]
 
 _WHERE = (
     "It runs in a sandbox without network. Its working directory is empty at first and is kept "
@@ -61,6 +62,16 @@ def limits_of(code: CodeSettings) -> Limits:
     )
 
 
+def ceiling(specs: Iterable[ToolSpec], tier: Tier) -> Limits:
+    """Return the most that any tool of a tier may use: what its sandboxes have to allow."""
+    found = Limits()
+    for spec in specs:
+        if spec.program is not None and spec.tier == tier:
+            fields = Limits.__struct_fields__
+            found = Limits(**{f: max(getattr(found, f), getattr(spec.limits, f)) for f in fields})
+    return found
+
+
 def printed(outcome: Outcome, limits: Limits) -> str:
     """Return what the model is told of a program's end: why it ended, if not by itself and well,
     then what it printed."""
@@ -75,7 +86,8 @@ def printed(outcome: Outcome, limits: Limits) -> str:
     ended = _ended(outcome, limits)
     if not ended:
         return text or "(it printed nothing)"
-    return f"[{ended}; output so far:]\n{text}" if text else f"[{ended}; it printed nothing]"
+    so_far = "output" if outcome.reason in ("exit", "signal") else "output so far"
+    return f"[{ended}; {so_far}:]\n{text}" if text else f"[{ended}; it printed nothing]"
 
 
 def _ended(outcome: Outcome, limits: Limits) -> str:

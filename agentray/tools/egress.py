@@ -84,7 +84,7 @@ def open_egress(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
-        # A small answer could become a large one.
+        # It is counted and cut as it comes.
         auto_decompress=False,
         trust_env=False,
     )

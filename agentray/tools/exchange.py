@@ -35,7 +35,9 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PASSING = frozenset({502, 504})
 _BUSY = frozenset({429, 503})
 # What goes to another origin too; all else may be meant for the first one only.
-_CROSSING = frozenset({"accept", "accept-language", "content-type", "idempotency-key"})
+_CROSSING = frozenset(
+    {"accept", "accept-language", "content-type", "idempotency-key", "user-agent"}
+)
 _BODY_HEADERS = frozenset({"content-type", "content-length"})
 # Set by the connection itself, or by nobody: a second one splits or hides a request.
 _OWN_HEADERS = frozenset(

@@ -34,7 +34,8 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_GATE_S = 300.0
 _MOST_BREAKERS = 1_000
-_USER_AGENT = "agentray"
+# A compressed answer could become one of any size.
+_UNCOMPRESSED = ("Accept-Encoding", "identity")
 
 
 class BreakerLike(Protocol):
@@ -231,7 +232,7 @@ class Gateway:
             async with self._opened().request(
                 request.method,
                 url,
-                headers=[("User-Agent", _USER_AGENT), *request.headers],
+                headers=[*request.headers, _UNCOMPRESSED],
                 data=request.body,
                 allow_redirects=False,
             ) as response:

@@ -29,6 +29,7 @@ __all__ = [
 _PLACE = re.compile(SECRET.pattern + r"|\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BASE = re.compile(r"https?://[^/?#{}$]+(?=[/?#]|\Z)", re.IGNORECASE)
 _ACCEPT = "application/json, text/*;q=0.9, */*;q=0.5"
+_USER_AGENT = "agentray"
 _KEYED = frozenset({"POST", "PATCH"})
 _IN_QUERY = frozenset({"GET", "HEAD", "DELETE"})
 

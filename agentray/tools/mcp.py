@@ -36,6 +36,9 @@ _SLACK_S = 5.0
 
 
 class _Connected(Protocol):
+    @property
+    def alive(self) -> bool: ...
+
     async def run(self, listed: Callable[[Sequence[Listed]], None]) -> None: ...
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str: ...
@@ -128,6 +131,7 @@ class _Server:
         # Set when the attempt to connect has listed the tools, or failed.
         self._attempt = asyncio.Event()
         self._eager = False
+        self._known = False
         self._closed = False
         self._failures = 0
         self._not_before = 0.0
@@ -182,6 +186,9 @@ class _Server:
             self._calls -= 1
 
     async def _connected(self) -> _Connected:
+        if self._live is not None and not self._live.alive and self._keeper is not None:
+            # It is about to be gone, and another one comes behind it.
+            await asyncio.wait([self._keeper])
         if self._live is None:
             if self._not_before - self._clock.monotonic() > self._settings.start_timeout_s:
                 raise self._down()
@@ -208,7 +215,7 @@ class _Server:
             self._attempt.clear()
             await asyncio.sleep(max(0.0, self._not_before - self._clock.monotonic()))
             await self._keep_one()
-            if not self._eager or self._offers:
+            if self._known or not self._eager:
                 return
 
     async def _keep_one(self) -> None:
@@ -240,6 +247,7 @@ class _Server:
         before = tuple(self._offers)
         known = list(self._offers.values())
         self._offers = {offer.name: offer for offer in found.offers}
+        self._known = True
         self._live = connection
         self._attempt.set()
         if known != list(self._offers.values()):

@@ -62,9 +62,8 @@ class Connection:
         self._launcher = launcher
         self._lookup = lookup
         self._client: Client | None = None
-        self._wake = asyncio.Event()
-        self._stale = False
-        self._ended = False
+        self._ended = asyncio.Event()
+        self._outdated = asyncio.Event()
         self._probing: asyncio.Task[None] | None = None
 
     async def run(self, listed: Callable[[Sequence[Listed]], None]) -> None:
@@ -82,9 +81,13 @@ class Connection:
             stack.callback(self._over)
             listed(tools)
             async with asyncio.TaskGroup() as tasks:
-                listening = tasks.create_task(self._listen(client))
-                await self._watch(client, listed)
-                listening.cancel()
+                aside = [
+                    tasks.create_task(self._listen(client)),
+                    tasks.create_task(self._list_again(client, listed)),
+                ]
+                await self._ended.wait()
+                for task in aside:
+                    task.cancel()
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str:
         """Call a tool and return its text. A cancelled call is cancelled at the server.
@@ -92,7 +95,7 @@ class Connection:
         Raises:
             ToolError: it failed; ``reason`` in the fields says at whose hands.
         """
-        if self._client is None:
+        if self._client is None or not self.alive:
             raise self._lost()
         params = types.CallToolRequestParams(name=tool, arguments=arguments)
         request = types.CallToolRequest(params=params)
@@ -113,8 +116,12 @@ class Connection:
 
     def end(self) -> None:
         """Have :meth:`run` return."""
-        self._ended = True
-        self._wake.set()
+        self._ended.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether calls can be made."""
+        return self._client is not None and not self._ended.is_set()
 
     def _over(self) -> None:
         self._client = None
@@ -155,18 +162,16 @@ class Connection:
         except (TimeoutError, MCPError, ValidationError):
             self.end()
 
-    async def _watch(self, client: Client, listed: Callable[[Sequence[Listed]], None]) -> None:
+    async def _list_again(
+        self, client: Client, listed: Callable[[Sequence[Listed]], None]
+    ) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._ended:
-                return
-            if self._stale:
-                self._stale = False
-                async with asyncio.timeout(self._settings.start_timeout_s):
-                    listed(await self._list(client))
-                # A server that says so again and again is not asked any faster.
-                await asyncio.sleep(_LEAST_BETWEEN_LISTS_S)
+            await self._outdated.wait()
+            self._outdated.clear()
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                listed(await self._list(client))
+            # A server that says so again and again is not asked any faster.
+            await asyncio.sleep(_LEAST_BETWEEN_LISTS_S)
 
     async def _listen(self, client: Client) -> None:
         """Hear of changed tools where the protocol has it that one asks for it."""
@@ -178,18 +183,14 @@ class Connection:
         try:
             async with client.listen(tools_list_changed=True) as changes:
                 async for _ in changes:
-                    self._outdated()
+                    self._outdated.set()
         except (SubscriptionLost, MCPError):
             # The tools that are known stay known; the next connection asks again.
             return
 
-    def _outdated(self) -> None:
-        self._stale = True
-        self._wake.set()
-
     async def _heard(self, message: types.ServerNotification | Exception) -> None:
         if isinstance(message, types.ToolListChangedNotification):
-            self._outdated()
+            self._outdated.set()
 
     async def _list(self, client: Client) -> list[Listed]:
         found: list[Listed] = []

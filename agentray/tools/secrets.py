@@ -58,7 +58,6 @@ class Secrets:
         """
         if self._pattern is None:
             return text
-        text = self._pattern.sub(lambda match: f"[secret {self._forms[match[0]]}]", text)
         if cut:
             text = text.rstrip("\ufffd")
             begun = max(
@@ -71,7 +70,7 @@ class Secrets:
                 default=0,
             )
             text = text[: len(text) - begun]
-        return text
+        return self._pattern.sub(lambda match: f"[secret {self._forms[match[0]]}]", text)
 
 
 def _forms(value: str) -> set[str]:

@@ -100,6 +100,10 @@ class Toolbox:
     def names(self) -> tuple[str, ...]:
         return tuple(self._specs)
 
+    @property
+    def specs(self) -> tuple[ToolSpec, ...]:
+        return tuple(self._specs.values())
+
     def get(self, name: str) -> ToolSpec | None:
         return self._specs.get(name)
 

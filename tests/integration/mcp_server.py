@@ -76,16 +76,6 @@ async def grow(ctx: Context) -> str:
     return "done"
 
 
-@server.tool()
-async def ask(ctx: Context) -> str:
-    """Asks the client for a model's answer, which it is to refuse."""
-    try:
-        await ctx.elicit("who are you?", type("Nothing", (), {}))  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001 - whatever it is, the client is told
-        return f"refused: {type(error).__name__}"
-    return "answered"
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "http":
         server.run("streamable-http", port=int(sys.argv[2]))

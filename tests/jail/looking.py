@@ -219,30 +219,50 @@ SECRETS = (
         """,
     ),
     Attack(
-        name="frames and globals of the zygote",
+        name="frames, globals and objects of the zygote",
         body="""
-        frame = sys._getframe()
-        own = frame.f_globals
+        import gc
+        # All that can be reached from the callers' frames, down to what they are made of.
+        frame, waiting = sys._getframe(), []
         while frame is not None:
-            if frame.f_globals is not own:
-                say("frame of " + str(frame.f_globals.get("__name__")))
-                return
+            waiting += [frame.f_globals, frame.f_locals]
             frame = frame.f_back
-        raise Refused("all frames are the program's own")
+        waiting += [sys.modules, gc.get_objects()]
+        seen, found = set(), set()
+        while waiting and len(seen) < 300_000:
+            thing = waiting.pop()
+            if id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            # Only what can hold something of others: no numbers, and texts are not followed.
+            module = getattr(type(thing), "__module__", "")
+            if isinstance(module, str) and module.startswith("agentray"):
+                found.add("an object of " + module)
+            if isinstance(thing, dict) and isinstance(thing.get("__name__"), str):
+                if thing["__name__"].startswith("agentray"):
+                    found.add(thing["__name__"])
+            if isinstance(thing, socket.socket) and thing.fileno() >= 0:
+                found.add(repr(thing))
+            if gc.is_tracked(thing):
+                waiting += gc.get_referents(thing)
+        # The module that runs programs is there, and knows nothing.
+        found.discard("agentray.tools.sandbox.program")
+        if not found:
+            raise Refused("nothing of it among %d objects" % len(seen))
+        say(repr(sorted(found)))
         """,
         off=none("globals"),
     ),
     Attack(
-        name="modules, descriptors and objects of the zygote",
+        name="modules of the zygote imported",
         body="""
-        import gc
         names = [name for name in sys.modules if "agentray" in name or "zygote" in name]
-        for thing in gc.get_objects():
-            if type(thing).__name__ == "module":
-                if "zygote" in thing.__name__ or "agentray" in thing.__name__:
-                    names.append(thing.__name__)
-            elif isinstance(thing, socket.socket):
-                names.append(repr(thing))
+        for name in ("agentray", "agentray.tools.sandbox.zygote", "agentray.tools.sandbox.child"):
+            try:
+                __import__(name)
+            except ImportError:
+                continue
+            names.append(name)
         if not names:
             raise Refused("there are none")
         say(repr(names))

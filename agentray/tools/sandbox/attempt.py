@@ -8,27 +8,27 @@ import os
 import signal
 from collections.abc import Callable
 
-import msgspec
+from msgspec.structs import replace
 
-from agentray.tools.sandbox import child as inside
 from agentray.tools.sandbox import program, scratch
 from agentray.tools.sandbox.base import FunctionCall, Outcome, Reason, Run, Start, Usage
 from agentray.tools.sandbox.cgroups import Cgroup
-from agentray.tools.sandbox.supervisor import Child
+from agentray.tools.sandbox.supervisor import Child, Ended
 
 __all__ = ["Attempt"]
 
 # Past the cap output is read and dropped; past this many times the cap the program is ended.
 _FLOOD_TIMES = 16
-_STOP_S = 2.0
-_RESULT_HEADER_BYTES = 9
+# Of a message, after the byte that says that the program began.
+_HEADER_BYTES = 1 + 9
 _UNLIMITED = 1 << 62
 # The first look comes after what short runs take: they cost no reading of files.
 _TICK_S = 0.1
+_COLLECT_S = 10.0
 
 
 class Attempt:
-    """One run in one child. ``reported``: its init told how it ended, and all of it is over."""
+    """One run in one child."""
 
     def __init__(
         self,
@@ -42,106 +42,103 @@ class Attempt:
         self._child = child
         self._run = run
         self._start: Start = start
-        self._cgroup = cgroup if cgroup is not None and "cpuacct" in cgroup.quotas else None
+        self._cgroup = cgroup
         self._cpu_s = math.inf if "cpu" in without else run.limits.cpu_s
         self._cpu_before_s: float | None = None
         self._cpu_used_s = 0.0
         self._why: Reason | None = None
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self.reported = False
-        self._cap = _UNLIMITED if "output" in without else run.limits.output_bytes
+        self._cap = _UNLIMITED if "output_cap" in without else run.limits.output_bytes
         child.out.most = child.err.most = self._cap
-        child.result.most = self._cap + _RESULT_HEADER_BYTES
-        child.status.most = inside.REPORT.size + scratch.most_bytes(run.limits)
-        child.listener = self._look
+        child.out.listener = child.err.listener = self._printed
+        child.task.most = self._cap + _HEADER_BYTES
+        if isinstance(run.program, FunctionCall):
+            # Its result may be more than fits into the socket at once.
+            child.task.watch()
 
-    async def go(self, message: bytes, order: bytes) -> None:
-        """Send the program and wait until it is over, by itself or at a limit."""
-        self._later("deadline", self._run.limits.wall_s, lambda: self._end("timeout"))
-        self._later("tick", _TICK_S, self._tick)
+    async def go(self, message: bytes) -> None:
+        """Send the program and wait until nothing of it is left, by itself or at a limit."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(self._run.limits.wall_s, self._end, "timeout")
+        self._ticking = loop.call_later(_TICK_S, self._tick)
         sending: asyncio.Task[None] | None = None
         try:
-            if not self._child.send(order, message):
+            if not self._child.send(message):
                 sending = asyncio.create_task(self._child.send_rest())
-            self._look()
-            await self._done
+            await self._child.over
         finally:
-            for each in self._timers.values():
-                each.cancel()
+            deadline.cancel()
+            self._ticking.cancel()
             if sending is not None:
                 sending.cancel()
-
-    def _later(self, name: str, delay_s: float, action: Callable[[], None]) -> None:
-        self._timers[name] = asyncio.get_running_loop().call_later(delay_s, action)
+            if self._cpu_before_s is not None and self._cgroup is not None:
+                self._cgroup.free_cpu()
 
     def _end(self, why: Reason) -> None:
-        if self._why is not None:
-            return
-        self._why = why
-        if self._run.keep_scratch:
-            # Its init ends the tree and still brings the files; if it cannot, it goes too.
-            self._child.signal(signal.SIGUSR1)
-        else:
+        if self._why is None:
+            self._why = why
+            if self._cgroup is not None:
+                self._cgroup.free_cpu()
             self._child.kill()
-        self._later("stop", _STOP_S, lambda: self._child.signal(signal.SIGKILL))
 
     def _tick(self) -> None:
         """Look at the cgroup's CPU time: the only count that nothing in a tree escapes."""
-        if self._cgroup is None:
+        if self._cgroup is None or "cpuacct" not in self._cgroup.quotas:
             return
         now_s = self._cgroup.cpu_s()
         if self._cpu_before_s is None:
             self._cpu_before_s = now_s
+            # Not before: short runs and the making of children are not worth the writing.
+            self._cgroup.hold_cpu()
         self._cpu_used_s = now_s - self._cpu_before_s
         if self._cpu_used_s > self._cpu_s:
             self._end("cpu")
-        self._later("tick", _TICK_S, self._tick)
+        self._ticking = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
 
-    def _look(self) -> None:
-        child = self._child
-        if child.out.total + child.err.total > self._cap * _FLOOD_TIMES:
+    def _printed(self) -> None:
+        if self._child.out.total + self._child.err.total > self._cap * _FLOOD_TIMES:
             self._end("output")
-        whole = len(child.status.content) >= inside.REPORT.size and child.status.content[0] != 0xFF
-        if self._done.done() or not (child.status.closed or whole):
-            return
-        if whole and self._run.keep_scratch and not child.status.closed:
-            return
-        self.reported = whole
-        self._done.set_result(None)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the program began, as far as it could be heard of; when all is over."""
+        task = self._child.task
+        while task.read():
+            pass
+        return bool(task.content) or self._child.over.result() is not None
 
     async def outcome(self, wall_s: float, oom_killed: Callable[[], bool]) -> Outcome:
         """Return how it ended, when all its processes have."""
-        child = self._child
+        child, ended = self._child, self._child.over.result()
         # Nothing can write any more: what is there is all.
-        for each in (child.out, child.err, child.result):
+        for each in (child.out, child.err, child.task):
             while each.read():
                 pass
-        found = self._printed()
-        if not self.reported:
-            return self._unreported(found, wall_s, oom_killed)
-        report = bytes(child.status.content)
-        why, status, user_s, system_s, peak, full = inside.REPORT.unpack_from(report)
-        cpu_s = max(user_s + system_s, self._cpu_used_s)
-        found = msgspec.structs.replace(found, usage=Usage(wall_s, cpu_s, peak))
+        found = self._output(ended, wall_s)
+        if ended is None:
+            if self._why is not None:
+                return replace(found, reason=self._why)
+            if oom_killed():
+                return replace(found, reason="memory")
+            return replace(found, error="the sandbox's own process died")
         if self._run.keep_scratch:
-            packed = await scratch.pack(report[inside.REPORT.size :], self._run.limits)
+            packed = await self._files()
             lost = "" if packed is not None else "its files could not be fetched"
-            found = msgspec.structs.replace(found, scratch=packed, error=found.error or lost)
-        if why != inside.Why.ENDED:
-            stopped: Reason = "cpu" if why == inside.Why.CPU else "memory"
-            reason = self._why or ("failed" if why == inside.Why.STOPPED else stopped)
-            return msgspec.structs.replace(found, reason=reason)
-        code = os.waitstatus_to_exitcode(status)
-        return msgspec.structs.replace(
+            found = replace(found, scratch=packed, error=found.error or lost)
+        if self._kind() == program.UNABLE:
+            return found
+        why = self._why or ended.why
+        if why:
+            return replace(found, reason=why)
+        code = os.waitstatus_to_exitcode(ended.status)
+        return replace(
             found,
-            reason=self._why or self._reason(code, bool(full), found.stderr, oom_killed),
+            reason=self._reason(code, ended, found.stderr, oom_killed),
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
         )
 
     def _reason(
-        self, code: int, full: bool, stderr: bytes, oom_killed: Callable[[], bool]
+        self, code: int, ended: Ended, stderr: bytes, oom_killed: Callable[[], bool]
     ) -> Reason:
         if code == 0:
             return "ok"
@@ -154,27 +151,16 @@ class Attempt:
             return "signal"
         if stderr.rstrip().endswith(b"MemoryError"):
             return "memory"
-        return "scratch" if full else "exit"
+        return "scratch" if ended.full else "exit"
 
-    def _unreported(self, found: Outcome, wall_s: float, oom_killed: Callable[[], bool]) -> Outcome:
-        child = self._child
-        usage = Usage(wall_s, max(child.cpu_s, self._cpu_used_s), child.peak_bytes)
-        found = msgspec.structs.replace(found, usage=usage)
-        if self._why is not None:
-            return msgspec.structs.replace(found, reason=self._why)
-        if oom_killed():
-            return msgspec.structs.replace(found, reason="memory")
-        said = bytes(child.status.content)
-        error = "its init died" if said[:1] != b"\xff" else said[1:].decode(errors="replace")
-        return msgspec.structs.replace(found, error=error)
-
-    def _printed(self) -> Outcome:
+    def _output(self, ended: Ended | None, wall_s: float) -> Outcome:
         """Return what came out of it: no more than the cap, a quarter kept for stderr."""
         child = self._child
         err = bytes(child.err.content)
         out = bytes(child.out.content[: self._cap - min(len(err), self._cap // 4)])
         err = err[: self._cap - len(out)]
         result, error = self._result()
+        cpu_s, memory_bytes = (ended.cpu_s, ended.memory_bytes) if ended is not None else (0.0, 0)
         return Outcome(
             "failed",
             stdout=out,
@@ -182,18 +168,42 @@ class Attempt:
             truncated=len(out) + len(err) < child.out.total + child.err.total,
             result=result,
             error=error,
+            usage=Usage(wall_s, max(cpu_s, self._cpu_used_s), memory_bytes),
             start=self._start,
         )
 
     def _result(self) -> tuple[bytes | None, str]:
         """Return what a function returned, or why it, or its program's start, failed."""
-        content = bytes(self._child.result.content)
-        if not content:
+        task, kind = self._child.task, self._kind()
+        if not kind:
             return None, ""
-        body = content[_RESULT_HEADER_BYTES:]
-        size_bytes = int.from_bytes(content[1:_RESULT_HEADER_BYTES], "little")
-        if self._child.result.total > len(content) or len(body) != size_bytes:
+        body = bytes(task.content[_HEADER_BYTES:])
+        size_bytes = int.from_bytes(task.content[2:_HEADER_BYTES], "little")
+        if task.total > len(task.content) or len(body) != size_bytes:
             return None, "the result is larger than the output may be, or broken off"
-        if content[:1] != program.RESULT:
+        if kind != program.RESULT:
             return None, body.decode(errors="replace")
         return (body, "") if isinstance(self._run.program, FunctionCall) else (None, "")
+
+    def _kind(self) -> bytes:
+        """Return what a message is, or nothing if there is none."""
+        return bytes(self._child.task.content[1:2])
+
+    async def _files(self) -> bytes | None:
+        left = self._child.left
+        if left is None:
+            return None
+        left.most = scratch.most_bytes(self._run.limits)
+        whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            if left.closed and not whole.done():
+                whole.set_result(None)
+
+        left.listener = look
+        look()
+        try:
+            await asyncio.wait_for(whole, _COLLECT_S)
+        except TimeoutError:
+            return None
+        return await scratch.pack(bytes(left.content), self._run.limits)

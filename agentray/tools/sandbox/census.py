@@ -1,18 +1,21 @@
-"""Count what the processes of a run use, and end them all: what an init asks of /proc."""
-
-# Without pathlib, which takes longer to import and to use than all else here.
-# ruff: noqa: PTH123, PTH208
+"""Count what the processes of a run use, where no cgroup does, and end what has no namespace."""
 
 from __future__ import annotations
 
+# Without pathlib, which takes longer to import and to use than all else here.
+# ruff: noqa: PTH123
+import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["Census", "end_all"]
+__all__ = ["Census", "end_strays"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CLOCK = os.sysconf("SC_CLK_TCK")
+# Up to here pages that processes share are counted for each of them: that is quicker.
+_ROUGHLY_BYTES = 32 * 1024 * 1024
 
 
 class _Facts(NamedTuple):
@@ -22,82 +25,91 @@ class _Facts(NamedTuple):
     memory_bytes: int
 
 
-def _facts(pid: int) -> _Facts | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    # Fields 4, 14, 15 and 24 of proc(5); the first here is its third.
-    cpu_s = (int(fields[11]) + int(fields[12])) / _CLOCK
-    return _Facts(pid, int(fields[1]), cpu_s, int(fields[21]) * _PAGE)
-
-
-def _tree() -> list[_Facts]:
-    """Return all of this pid namespace if this is its init, else all below this process."""
-    me = os.getpid()
-    found = [_facts(int(name)) for name in os.listdir("/proc") if name.isdigit()]
-    everyone = {each.pid: each for each in found if each is not None and each.pid != me}
-    if me == 1:
-        return list(everyone.values())
-    below, size = {me}, 0
-    while len(below) > size:
-        size = len(below)
-        below.update(each.pid for each in everyone.values() if each.parent in below)
-    return [each for each in everyone.values() if each.pid in below]
-
-
-def _shared_fairly(pid: int, otherwise: int) -> int:
-    """Return a process's memory with each shared page divided by those who share it."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-            for line in file:
-                if line.startswith(b"Pss:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return otherwise
-
-
 class Census:
-    """What a run's processes have used so far, as seen at each count."""
+    """What the processes of one ``/proc`` use, of a pid namespace of their own.
 
-    def __init__(self) -> None:
-        self._cpu_s: dict[int, float] = {}
+    ``proc`` is a descriptor of it, ``scratch`` one of their tmpfs; both stay the caller's.
+    """
+
+    def __init__(self, proc: int, scratch: int) -> None:
+        self._proc = proc
+        self._scratch = scratch
         self.peak_bytes = 0
+        self.cpu_s = 0.0
 
-    def count(self, most_bytes: int) -> tuple[float, int]:
+    def count(self) -> tuple[float, int]:
         """Return CPU seconds so far and bytes of memory now, those of the scratch included.
 
-        Pages that processes share are counted for each until the sum is past ``most_bytes``,
-        and fairly then, which takes longer.
+        Of processes that ended and whose parent did not wait for them, nothing is known.
         """
-        tree = _tree()
-        self._cpu_s.update((each.pid, each.cpu_s) for each in tree)
-        scratch = os.statvfs(".")
-        on_scratch = (scratch.f_blocks - scratch.f_bfree) * scratch.f_bsize if _is_init() else 0
-        memory = on_scratch + sum(each.memory_bytes for each in tree)
-        if memory > most_bytes > 0:
-            memory = on_scratch + sum(_shared_fairly(each.pid, each.memory_bytes) for each in tree)
+        found = list(_all(self._proc))
+        scratch = os.fstatvfs(self._scratch)
+        on_scratch = (scratch.f_blocks - scratch.f_bfree) * scratch.f_bsize
+        memory = on_scratch + sum(each.memory_bytes for each in found)
+        if memory > _ROUGHLY_BYTES:
+            memory = on_scratch + sum(self._fairly(each) for each in found)
         self.peak_bytes = max(self.peak_bytes, memory)
-        return sum(self._cpu_s.values()), memory
+        self.cpu_s = max(self.cpu_s, sum(each.cpu_s for each in found))
+        return self.cpu_s, memory
+
+    def _fairly(self, each: _Facts) -> int:
+        """Return a process's memory with each shared page divided by those who share it."""
+        try:
+            for line in _read(self._proc, f"{each.pid}/smaps_rollup").splitlines():
+                if line.startswith(b"Pss:"):
+                    return int(line.split()[1]) * 1024
+        except (OSError, ValueError):
+            # It can keep others from looking: at worst it counts for more.
+            pass
+        return each.memory_bytes
 
 
-def _is_init() -> bool:
-    return os.getpid() == 1
+def _read(proc: int, path: str) -> bytes:
+    with open(os.open(path, os.O_RDONLY, dir_fd=proc), "rb") as file:
+        return file.read()
 
 
-def end_all() -> None:
-    """End every process of the run, and reap them."""
+def _all(proc: int) -> Iterable[_Facts]:
+    for name in os.listdir(proc):
+        if not name.isdigit():
+            continue
+        try:
+            fields = _read(proc, f"{name}/stat").rpartition(b")")[2].split()
+        except OSError:
+            continue
+        # Fields 4, 14 to 17 and 24 of proc(5), whose third is the first here: what it used, and
+        # what those children did that it waited for.
+        cpu_s = sum(int(each) for each in fields[11:15]) / _CLOCK
+        yield _Facts(int(name), int(fields[1]), cpu_s, int(fields[21]) * _PAGE)
+
+
+def end_strays(known: set[int]) -> None:
+    """End and reap all below this process that is not ``known`` or below one of those.
+
+    For runs without a pid namespace, whose orphans come to this process, their subreaper. One
+    after the other, so again until none is left.
+    """
+    proc = os.open("/proc", os.O_RDONLY)
     try:
-        if _is_init():
-            # The kernel sends it to all at once: nothing that forks meanwhile gets away.
-            os.kill(-1, signal.SIGKILL)
-        while True:
-            if not _is_init():
-                # One after the other, so again until none is left.
-                for each in _tree():
-                    os.kill(each.pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+        while strays := _strays(proc, known):
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in strays:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+    finally:
+        os.close(proc)
+
+
+def _strays(proc: int, known: set[int]) -> list[int]:
+    everyone = list(_all(proc))
+    below: set[int] = {os.getpid()}
+    size = 0
+    while len(below) > size:
+        size = len(below)
+        below.update(
+            each.pid for each in everyone if each.parent in below and each.pid not in known
+        )
+    # Children first: who is waited for above its own would never be reaped here.
+    return [each.pid for each in everyone if each.pid in below and each.pid != os.getpid()]

@@ -16,6 +16,8 @@ Quota = Literal["memory", "pids", "cpu", "cpuacct"]
 _V1: tuple[Quota, ...] = ("memory", "pids", "cpu", "cpuacct")
 _V2_WITHOUT_CPU: tuple[Quota, ...] = ("memory", "pids", "cpuacct")
 _PERIOD_US = 100_000
+# With the pid of who made it.
+_PREFIX = "agentray-"
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -51,14 +53,15 @@ def _own(membership: str) -> dict[str, str]:
 
 
 def _can_make(folder: Path) -> bool:
-    probe = folder / f"agentray-probe-{os.getpid()}"
+    if not os.access(folder / "cgroup.procs", os.W_OK):
+        return False
+    probe = folder / f"{_PREFIX}{os.getpid()}-probe"
     try:
         probe.mkdir()
+        probe.rmdir()
     except OSError:
         return False
-    writable = os.access(probe / "cgroup.procs", os.W_OK)
-    probe.rmdir()
-    return writable
+    return True
 
 
 def _upward(mount: str, path: str) -> list[Path]:
@@ -108,6 +111,7 @@ class Cgroup:
         self._version = version
         self._folders = folders
         self._memory_bytes = 0
+        self._quota_us = 0
 
     @property
     def quotas(self) -> frozenset[Quota]:
@@ -126,15 +130,27 @@ class Cgroup:
 
     def limit(self, *, pids: int, cpu_share: float) -> None:
         """Set the most processes and the share of a core."""
-        quota_us = max(1000, int(cpu_share * _PERIOD_US))
+        self._quota_us = max(1000, int(cpu_share * _PERIOD_US))
         self._write("pids", "pids.max", pids)
         if self._version == 2:
-            self._write("cpu", "cpu.max", f"{quota_us} {_PERIOD_US}")
             self._write("memory", "memory.swap.max", 0)
         else:
-            self._write("cpu", "cpu.cfs_period_us", _PERIOD_US)
-            self._write("cpu", "cpu.cfs_quota_us", quota_us)
             self._write("memory", "memory.swappiness", 0)
+            self._write("cpu", "cpu.cfs_period_us", _PERIOD_US)
+
+    def hold_cpu(self) -> None:
+        """Hold it to its share of a core."""
+        self._set_cpu(self._quota_us)
+
+    def free_cpu(self) -> None:
+        """Let go of the share: what was killed needs CPU to end, and may have used its share up."""
+        self._set_cpu(0)
+
+    def _set_cpu(self, quota_us: int) -> None:
+        if self._version == 2:
+            self._write("cpu", "cpu.max", f"{quota_us or 'max'} {_PERIOD_US}")
+        else:
+            self._write("cpu", "cpu.cfs_quota_us", quota_us or -1)
 
     def add(self, pid: int) -> None:
         """Move a process in; its children follow.
@@ -160,11 +176,6 @@ class Cgroup:
     def memory_bytes(self) -> int:
         """Return what is used now."""
         name = "memory.current" if self._version == 2 else "memory.usage_in_bytes"
-        return self._number("memory", name)
-
-    def peak_bytes(self) -> int:
-        """Return the most that was used since it was made."""
-        name = "memory.peak" if self._version == 2 else "memory.max_usage_in_bytes"
         return self._number("memory", name)
 
     def remove(self) -> bool:
@@ -208,12 +219,23 @@ class Cgroup:
         return {key: int(value) for key, value in (line.split() for line in lines)}
 
 
-def make(found: Found, name: str) -> Cgroup | None:
-    """Make a cgroup of that name; None where none can be made."""
+def make(found: Found) -> Cgroup | None:
+    """Make a cgroup of a name of its own; None where none can be made."""
+    name = f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     folders: dict[Quota, Path] = {}
     for quota, parent in found.folders.items():
         folder = Path(parent) / name
+        _sweep(Path(parent))
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
             folders[quota] = folder
     return Cgroup(found.version, folders) if folders else None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what processes that were killed could not: cgroups of ours, empty by now."""
+    for each in parent.glob(f"{_PREFIX}*"):
+        pid = each.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            with contextlib.suppress(OSError):
+                each.rmdir()

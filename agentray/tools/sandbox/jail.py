@@ -7,13 +7,11 @@ import contextlib
 import marshal
 import math
 import shutil
-import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError, ToolError
-from agentray.tools.sandbox import child as inside
 from agentray.tools.sandbox import scratch
 from agentray.tools.sandbox.attempt import Attempt
 from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, PythonCode, Run, Start, Tier
@@ -26,9 +24,9 @@ __all__ = ["JailSlot"]
 _GONE_S = 5.0
 _RLIMITS = {
     "cpu": "CPU",
-    "file_size": "FSIZE",
     "memory": "AS",
-    "open_files": "NOFILE",
+    "rlimit_fsize": "FSIZE",
+    "rlimit_nofile": "NOFILE",
     "pids": "NPROC",
 }
 # What inits and parked children take of a slot's memory beside its zygote.
@@ -71,6 +69,11 @@ class JailSlot:
     @property
     def tier(self) -> Tier:
         return self._tier
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What programs have as their environment."""
+        return self._zygote.environment
 
     async def run(self, run: Run) -> Outcome:
         """Run a program to its end or its limits.
@@ -128,30 +131,78 @@ class JailSlot:
             files = scratch.unpack(run.scratch, run.limits) if run.scratch else []
         except scratch.ScratchError as error:
             return Outcome("scratch", error=str(error))
+        outcome = await self._attempt(run, files)
+        if outcome is None:
+            # Its zygote died under it before it began: nothing was lost, so it gets another.
+            outcome = await self._attempt(run, files, last=True)
+        return outcome or Outcome("failed")
+
+    async def _attempt(
+        self, run: Run, files: Sequence[scratch.Entry], *, last: bool = False
+    ) -> Outcome | None:
+        """Run a program in a child; None if it did not begin, where another try is to be had."""
         begun = monotonic()
         try:
             child, start = await self._take(run.limits)
         except (OSError, SandboxUnavailableError) as error:
             return Outcome("failed", error=f"no child could be made: {error}")
-        if self._cgroup is not None and self._counts_memory and "memory" not in self._without:
-            own_bytes = self._zygote.own_bytes + _OWN_BYTES
-            self._cgroup.limit_memory(run.limits.memory_bytes + own_bytes)
+        self._limit_memory(run.limits)
         attempt = Attempt(child, run, start, self._cgroup, without=self._without)
         try:
-            await attempt.go(self._message(run, files), self._order(run))
-            if not attempt.reported:
-                await self._end(child)
+            self._prepare(child, run)
+            await attempt.go(self._message(run, files))
+            if not (last or attempt.begun):
+                return None
             return await attempt.outcome(monotonic() - begun, self._oom_killed)
+        except SandboxUnavailableError as error:
+            return Outcome("failed", error=str(error), start=start) if last else None
         except asyncio.CancelledError:
             await self._end(child)
             raise
         finally:
             child.close()
 
+    async def launch(self, argv: Sequence[str], env: Mapping[str, str]) -> tuple[Child, int, int]:
+        """Start a program for as long as it wants, within the ceiling, but for its wall time.
+
+        Returns its child, and descriptors for its stdin and of its stdout, which the caller
+        closes. The slot is busy for good.
+
+        Raises:
+            OSError: if no child could be made.
+            SandboxUnavailableError: if the zygote is gone.
+        """
+        self._running = True
+        child, _ = await self._take(self._ceiling)
+        self._limit_memory(self._ceiling)
+        if self._cgroup is not None:
+            self._cgroup.hold_cpu()
+        run = Run(PythonCode(""), self._ceiling)
+        self._prepare(child, run)
+        if not child.send(self._packed(("exec", list(argv), dict(env)), run, [])):
+            await child.send_rest()
+        return child, child.task.release(), child.out.release()
+
+    def _limit_memory(self, limits: Limits) -> None:
+        if self._cgroup is not None and self._counts_memory and "memory" not in self._without:
+            own_bytes = self._zygote.own_bytes + _OWN_BYTES
+            self._cgroup.limit_memory(limits.memory_bytes + own_bytes)
+
+    def _prepare(self, child: Child, run: Run) -> None:
+        """Tell the zygote what it has to do for a run; mostly nothing."""
+        limits, without = run.limits, self._without
+        if run.keep_scratch:
+            self._zygote.keep(child, limits.scratch_bytes)
+        counted = self._cgroup.quotas if self._cgroup is not None else frozenset[str]()
+        if self._tier == "jail" and not {"memory", "cpuacct"} <= counted:
+            cpu_s = math.inf if "cpu" in without else limits.cpu_s
+            self._zygote.watch(child, cpu_s, 0 if "memory" in without else limits.memory_bytes)
+
     async def _end(self, child: Child) -> None:
+        if self._cgroup is not None:
+            self._cgroup.free_cpu()
         child.kill()
-        if not await child.gone(_GONE_S):
-            child.signal(signal.SIGKILL)
+        await asyncio.wait([child.over], timeout=_GONE_S)
 
     def _oom_killed(self) -> bool:
         """Return whether the kernel killed for memory since this was asked last."""
@@ -167,11 +218,15 @@ class JailSlot:
             await asyncio.wait(self._parking, return_when=asyncio.FIRST_COMPLETED)
         while self._parked:
             child = self._parked.pop(0)
-            if child.ended:
+            if child.out.closed or child.over.done():
                 child.close()
                 continue
             if child.sizes != sizes:
-                await self._zygote.resize(child, sizes)
+                try:
+                    await self._zygote.resize(child, sizes)
+                except BaseException:
+                    child.close()
+                    raise
             return child, "parked"
         start: Start = "warm"
         if not self._zygote.alive:
@@ -181,21 +236,23 @@ class JailSlot:
 
     def _sizes_of(self, limits: Limits) -> tuple[int, int]:
         # Nothing is how a tmpfs is told not to mind.
-        size_bytes = 0 if "scratch" in self._without else limits.scratch_bytes
+        size_bytes = 0 if "scratch_size" in self._without else limits.scratch_bytes
         # Two are its own: its root, and the folder for temporary files.
-        return size_bytes, 0 if "files" in self._without else limits.scratch_files + 2
-
-    def _order(self, run: Run) -> bytes:
-        limits, without = run.limits, self._without
-        counted = self._counts_memory or "memory" in without
-        return inside.ORDER.pack(
-            math.inf if "cpu" in without else limits.cpu_s,
-            0 if counted else limits.memory_bytes,
-            limits.scratch_bytes,
-            run.keep_scratch,
-        )
+        return size_bytes, 0 if "scratch_inodes" in self._without else limits.scratch_files + 2
 
     def _message(self, run: Run, files: Sequence[scratch.Entry]) -> bytes:
+        found = run.program
+        if isinstance(found, PythonCode):
+            task: tuple[str, Any, Any] = ("python", found.code, None)
+        elif isinstance(found, FunctionCall):
+            task = ("function", found.target, found.arguments)
+        else:
+            task = ("shell", found.script, self._zygote.environment)
+        return self._packed(task, run, files)
+
+    def _packed(
+        self, task: tuple[str, Any, Any], run: Run, files: Sequence[scratch.Entry]
+    ) -> bytes:
         limits = run.limits
         rlimits = {
             "CPU": max(1, math.ceil(limits.cpu_s)),
@@ -203,18 +260,11 @@ class JailSlot:
             "FSIZE": limits.scratch_bytes,
         }
         if self._tier == "jail":
-            # Inits and parked children have the same uid, and unprivileged the zygote as well.
+            # Parked children have the same uid; unprivileged, the zygote and the inits as well.
             rlimits["NPROC"] = limits.pids + 2 + 2 * self._wanted
         if not self._counts_memory:
             rlimits["AS"] = limits.memory_bytes
         for name in self._without:
             rlimits.pop(_RLIMITS.get(name, ""), None)
-        found = run.program
-        if isinstance(found, PythonCode):
-            task: tuple[Any, ...] = ("python", found.code, None)
-        elif isinstance(found, FunctionCall):
-            task = ("function", found.target, found.arguments)
-        else:
-            task = ("shell", found.script, self._zygote.environment)
         content = marshal.dumps((*task, rlimits, [each.wire() for each in files]))
         return len(content).to_bytes(8, "little") + content

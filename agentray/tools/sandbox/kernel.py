@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 __all__ = [
-    "AT_RECURSIVE",
     "CLONE_NEWCGROUP",
     "CLONE_NEWIPC",
     "CLONE_NEWNET",
@@ -23,26 +22,35 @@ __all__ = [
     "MOUNT_NOEXEC",
     "MOUNT_NOSUID",
     "MOUNT_RDONLY",
+    "Prepared",
+    "Tmpfs",
+    "adopt",
     "attach",
-    "call",
+    "become",
     "clone",
+    "clone_init",
     "close_from",
     "copy_tree",
+    "die_with_parent",
     "drop_bounding_set",
     "drop_capabilities",
+    "enter",
     "filter_calls",
+    "keep_capabilities",
     "no_new_privileges",
     "private_mounts",
     "proc_mount",
-    "prctl",
+    "proc_tree",
     "restrict",
     "set_hostname",
+    "show",
     "switch_root",
-    "tmpfs",
-    "tmpfs_resize",
     "unshare",
+    "use_capabilities",
 ]
 
+CLONE_VM = 0x00000100
+CLONE_FILES = 0x00000400
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
@@ -62,7 +70,6 @@ AT_RECURSIVE = 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 FSPICK_EMPTY_PATH = 0x8
-FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
 FSCONFIG_CMD_RECONFIGURE = 7
@@ -70,6 +77,7 @@ CLOEXEC = 0x80000
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
 PR_SET_SECCOMP = 22
 PR_SET_CHILD_SUBREAPER = 36
@@ -77,8 +85,15 @@ PR_SET_NO_NEW_PRIVS = 38
 
 # Of x86_64, the one architecture that the filter is written for.
 SYS_CLONE = 56
+SYS_SETGROUPS = 116
+SYS_SETRESUID = 117
+SYS_SETRESGID = 119
+SYS_PRCTL = 157
+SYS_MOUNT = 165
+SYS_CAPGET = 125
 SYS_CAPSET = 126
 SYS_PIVOT_ROOT = 155
+SYS_SETNS = 308
 SYS_OPEN_TREE = 428
 SYS_MOVE_MOUNT = 429
 SYS_FSOPEN = 430
@@ -88,10 +103,12 @@ SYS_FSPICK = 433
 SYS_CLOSE_RANGE = 436
 SYS_MOUNT_SETATTR = 442
 
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 SIGCHLD = 17
+SIGKILL = 9
 
 # The interpreter's lock stays held: a fork must not leave it to a thread that the child lacks.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -100,6 +117,35 @@ _syscall.restype = ctypes.c_long
 _before_fork: Callable[[], Any] = ctypes.pythonapi.PyOS_BeforeFork
 _after_fork_in_child: Callable[[], Any] = ctypes.pythonapi.PyOS_AfterFork_Child
 _after_fork_in_parent: Callable[[], Any] = ctypes.pythonapi.PyOS_AfterFork_Parent
+
+
+_word = ctypes.c_long
+
+
+class Prepared:
+    """A system call whose arguments are made once: forked children have few pages to copy.
+
+    ``first``, where it is given as None, is given at each call.
+    """
+
+    __slots__ = ("_arguments", "_first", "_what")
+
+    def __init__(self, what: str, number: int, *arguments: int | bytes | Any | None) -> None:
+        words = [_word(each) if isinstance(each, int) else each for each in arguments]
+        self._what = what
+        self._first = _word(0)
+        self._arguments = (
+            _word(number),
+            *(self._first if each is None else each for each in words),
+        )
+
+    def __call__(self, first: int = 0) -> int:
+        self._first.value = first
+        found: int = _syscall(*self._arguments)
+        if found < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{self._what}: {os.strerror(number)}")
+        return found
 
 
 def call(what: str, number: int, *arguments: int | bytes | Any) -> int:
@@ -126,7 +172,7 @@ def clone(flags: int) -> int:
     child, until the child forks through it.
     """
     _before_fork()
-    pid = int(_syscall(SYS_CLONE, ctypes.c_long(flags | SIGCHLD), 0, 0, 0, 0))
+    pid: int = _syscall(SYS_CLONE, _word(flags | SIGCHLD), 0, 0, 0, 0)
     if pid == 0:
         _after_fork_in_child()
         return 0
@@ -137,53 +183,100 @@ def clone(flags: int) -> int:
     return pid
 
 
+# Nothing of it is used but where a call returns to, which is the same for all.
+_stack = ctypes.create_string_buffer(64 * 1024)
+_stack_top = ctypes.c_void_p((ctypes.addressof(_stack) + len(_stack)) & ~0xFF)
+_pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
+
+
+def clone_init(namespaces: int) -> int:
+    """Make a process in new namespaces that does nothing for good, and return its pid.
+
+    It shares this process's memory and descriptors, as a thread would, and costs next to nothing;
+    all that it runs is the C library's ``pause``. As the init of a pid namespace it keeps the
+    namespace alive, and its end is the end of all in there.
+    """
+    flags = ctypes.c_int(namespaces | CLONE_VM | CLONE_FILES | SIGCHLD)
+    return _checked("clone of an init", _libc.clone(_pause, _stack_top, flags, None))
+
+
+def enter(namespaces: int) -> Prepared:
+    """Prepare to move into namespaces of a process, given by its pidfd: for pids, the children."""
+    return Prepared("setns", SYS_SETNS, None, namespaces)
+
+
 def unshare(flags: int) -> None:
     """Move this process into new namespaces."""
     _checked("unshare", _libc.unshare(ctypes.c_int(flags)))
 
 
-def prctl(what: str, option: int, *arguments: int | bytes) -> None:
-    """Change how the kernel treats this process."""
-    words = [ctypes.c_ulong(each) if isinstance(each, int) else each for each in arguments]
-    words += [ctypes.c_ulong(0)] * (4 - len(words))
-    _checked(what, _libc.prctl(ctypes.c_int(option), *words))
+def prctl(what: str, option: int, *arguments: int | Any) -> Prepared:
+    """Prepare a change of how the kernel treats this process."""
+    return Prepared(what, SYS_PRCTL, option, *arguments, *([0] * (4 - len(arguments))))
 
 
-def no_new_privileges() -> None:
-    """Let no program, setuid ones neither, give this process or its children more rights."""
-    prctl("no_new_privs", PR_SET_NO_NEW_PRIVS, 1)
+no_new_privileges = prctl("no_new_privs", PR_SET_NO_NEW_PRIVS, 1)
+"""Let no program, setuid ones neither, give this process or its children more rights."""
+
+die_with_parent = prctl("death signal", PR_SET_PDEATHSIG, SIGKILL)
+"""End this process when its parent ends; a change of uid resets it."""
+
+show = prctl("dumpable", PR_SET_DUMPABLE, 1)
+"""Let a process of its own uid see what /proc tells of it; a change of uid hides that."""
+
+adopt = prctl("subreaper", PR_SET_CHILD_SUBREAPER, 1)
+"""Make this process the parent of what its descendants leave behind."""
 
 
 def drop_bounding_set() -> None:
     """Make sure that no capability can come back by executing a file."""
     for capability in range(64):
         try:
-            prctl("capbset_drop", PR_CAPBSET_DROP, capability)
+            prctl("capbset_drop", PR_CAPBSET_DROP, capability)()
         except OSError:
             return
 
 
-def drop_capabilities() -> None:
-    """Give up every capability, in all sets but the bounding one."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    nothing = (ctypes.c_uint32 * 6)()
-    call("capset", SYS_CAPSET, ctypes.byref(header), ctypes.byref(nothing))
+_NO_CAPABILITIES = ((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+drop_capabilities = Prepared(
+    "capset", SYS_CAPSET, *(ctypes.byref(each) for each in _NO_CAPABILITIES)
+)
+"""Give up every capability, in all sets but the bounding one."""
+
+keep_capabilities = prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
+"""Let a change of uid take none away: for tests of what the lack of them holds back."""
+
+
+def use_capabilities() -> Prepared:
+    """Prepare to have all capabilities effective that this process has now."""
+    found = (ctypes.c_uint32 * 6)()
+    Prepared("capget", SYS_CAPGET, ctypes.byref(_NO_CAPABILITIES[0]), ctypes.byref(found))()
+    found[0], found[3] = found[1], found[4]
+    found[2] = found[5] = 0
+    return Prepared("capset", SYS_CAPSET, ctypes.byref(_NO_CAPABILITIES[0]), ctypes.byref(found))
+
+
+def become(uid: int, gid: int) -> tuple[Prepared, ...]:
+    """Prepare to take a uid and gid, and give up all groups."""
+    return (
+        Prepared("setgroups", SYS_SETGROUPS, 0, ctypes.c_char_p(None)),
+        Prepared("setresgid", SYS_SETRESGID, gid, gid, gid),
+        Prepared("setresuid", SYS_SETRESUID, uid, uid, uid),
+    )
 
 
 class _Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
-def filter_calls(code: bytes) -> None:
-    """Refuse the system calls that a BPF program refuses, from now on and for all children."""
-    program = _Filter(len(code) // 8, code)
-    address = ctypes.addressof(program)
-    prctl("seccomp", PR_SET_SECCOMP, 2, address)
+def filter_calls(code: bytes) -> Prepared:
+    """Prepare to refuse the calls that a BPF program refuses, for good and for all children."""
+    return prctl("seccomp", PR_SET_SECCOMP, 2, ctypes.pointer(_Filter(len(code) // 8, code)))
 
 
-def close_from(first: int) -> None:
-    """Close every descriptor from ``first`` up."""
-    call("close_range", SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0)
+def close_from(first: int) -> Prepared:
+    """Prepare to close every descriptor from ``first`` up."""
+    return Prepared("close_range", SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0)
 
 
 def set_hostname(name: bytes) -> None:
@@ -210,57 +303,76 @@ def restrict(mount: int, attributes: int, *, recursive: bool = True) -> None:
     call("mount_setattr", SYS_MOUNT_SETATTR, mount, b"", flags, ctypes.byref(words), 32)
 
 
-def attach(mount: int, path: bytes) -> None:
-    """Put a detached mount at ``path``."""
-    call(
-        f"move_mount {path!r}", SYS_MOVE_MOUNT, mount, b"", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH
-    )
+def attach(path: bytes) -> Prepared:
+    """Prepare to put a detached mount, given by its descriptor, at ``path``."""
+    words = (None, b"", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH)
+    return Prepared(f"move_mount {path!r}", SYS_MOVE_MOUNT, *words)
 
 
-def _new_mount(kind: bytes, options: dict[bytes, bytes | None], attributes: int) -> int:
-    system = call(f"fsopen {kind!r}", SYS_FSOPEN, kind, 1)
+class Tmpfs:
+    """A tmpfs of a limited size and number of files (0: unlimited) that can be made many times."""
+
+    def __init__(self, size_bytes: int, files: int, *, uid: int, gid: int) -> None:
+        none = ctypes.c_char_p(None)
+        options = {b"mode": b"0755", b"uid": b"%d" % uid, b"gid": b"%d" % gid}
+        sizes = {b"size": b"%d" % size_bytes, b"nr_inodes": b"%d" % files}
+        self._open = Prepared("fsopen", SYS_FSOPEN, b"tmpfs", 1)
+        self._pick = Prepared("fspick", SYS_FSPICK, None, b"", FSPICK_EMPTY_PATH | 1)
+        self._own = [self._option(*each) for each in options.items()]
+        self._sizes = [self._option(*each) for each in sizes.items()]
+        self._create, self._change = (
+            Prepared("fsconfig", SYS_FSCONFIG, None, command, none, none, 0)
+            for command in (FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE)
+        )
+        attributes = MOUNT_NOSUID | MOUNT_NODEV
+        self._mount = Prepared("fsmount", SYS_FSMOUNT, None, 1, attributes)
+
+    @staticmethod
+    def _option(name: bytes, value: bytes) -> Prepared:
+        what = f"tmpfs {name.decode()}"
+        return Prepared(what, SYS_FSCONFIG, None, FSCONFIG_SET_STRING, name, value, 0)
+
+    def make(self) -> int:
+        """Return a descriptor of a new one, mounted nowhere."""
+        system = self._open()
+        try:
+            for option in self._own:
+                option(system)
+            for option in self._sizes:
+                option(system)
+            self._create(system)
+            return self._mount(system)
+        finally:
+            os.close(system)
+
+    def resize(self, mount: int) -> None:
+        """Give an existing one these limits, wherever it is mounted."""
+        system = self._pick(mount)
+        try:
+            for option in self._sizes:
+                option(system)
+            self._change(system)
+        finally:
+            os.close(system)
+
+
+def proc_tree() -> int:
+    """Return a descriptor of a detached ``/proc`` of this pid namespace."""
+    nothing = ctypes.c_char_p(None)
+    system = call("fsopen proc", SYS_FSOPEN, b"proc", 1)
     try:
-        for name, value in options.items():
-            command = FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING
-            words = (name, ctypes.c_char_p(value), 0)
-            call(f"{kind!r} {name!r}", SYS_FSCONFIG, system, command, *words)
-        nothing = ctypes.c_char_p(None)
-        call(f"create {kind!r}", SYS_FSCONFIG, system, FSCONFIG_CMD_CREATE, nothing, nothing, 0)
-        return call(f"fsmount {kind!r}", SYS_FSMOUNT, system, 1, attributes)
+        call("create proc", SYS_FSCONFIG, system, FSCONFIG_CMD_CREATE, nothing, nothing, 0)
+        attributes = MOUNT_NOSUID | MOUNT_NODEV | MOUNT_NOEXEC
+        return call("fsmount proc", SYS_FSMOUNT, system, 1, attributes)
     finally:
         os.close(system)
 
 
-def tmpfs(size_bytes: int, files: int, *, mode: bytes = b"0755", uid: int = 0, gid: int = 0) -> int:
-    """Return a descriptor of a detached tmpfs of a limited size and number of files."""
-    options: dict[bytes, bytes | None] = {
-        b"size": b"%d" % size_bytes,
-        b"nr_inodes": b"%d" % files,
-        b"mode": mode,
-        b"uid": b"%d" % uid,
-        b"gid": b"%d" % gid,
-    }
-    return _new_mount(b"tmpfs", options, MOUNT_NOSUID | MOUNT_NODEV)
-
-
-def tmpfs_resize(mount: int, size_bytes: int, files: int) -> None:
-    """Give a tmpfs other limits, wherever it is mounted."""
-    system = call("fspick", SYS_FSPICK, mount, b"", FSPICK_EMPTY_PATH | 1)
-    try:
-        for name, value in ((b"size", size_bytes), (b"nr_inodes", files)):
-            words = (name, b"%d" % value, 0)
-            call("resize", SYS_FSCONFIG, system, FSCONFIG_SET_STRING, *words)
-        nothing = ctypes.c_char_p(None)
-        call("resize", SYS_FSCONFIG, system, FSCONFIG_CMD_RECONFIGURE, nothing, nothing, 0)
-    finally:
-        os.close(system)
-
-
-def proc_mount(*, processes_only: bool) -> int:
-    """Return a descriptor of a read-only ``/proc`` of this pid namespace."""
-    options: dict[bytes, bytes | None] = {b"subset": b"pid"} if processes_only else {}
-    attributes = MOUNT_RDONLY | MOUNT_NOSUID | MOUNT_NODEV | MOUNT_NOEXEC
-    return _new_mount(b"proc", options, attributes)
+def proc_mount(*, processes_only: bool, writable: bool = False) -> Prepared:
+    """Prepare to mount a read-only ``/proc`` of this pid namespace at ``/proc``."""
+    flags = (0 if writable else MS_RDONLY) | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    options = b"subset=pid" if processes_only else ctypes.c_char_p(None)
+    return Prepared("mount /proc", SYS_MOUNT, b"proc", b"/proc", b"proc", flags, options)
 
 
 def switch_root(path: bytes) -> None:

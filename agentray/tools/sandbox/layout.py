@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HOME", "environment", "interpreter", "layout"]
+__all__ = ["interpreter", "layout"]
 
-HOME = "/work"
-
+# Where programs run: the first below which nothing of the operator's is to be seen.
+_PLACES = ("/work", "/scratch", "/jail")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _TOP = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
 _ETC = (
@@ -32,19 +32,22 @@ def interpreter() -> str:
     return os.path.realpath(found)
 
 
-def environment(paths: Sequence[str] = ()) -> dict[str, str]:
-    """Return all that a program sees as its environment."""
-    folders = ["/usr/local/bin", "/usr/bin", "/bin", str(Path(interpreter()).parent)]
-    found = {"PATH": ":".join(dict.fromkeys(folders)), "HOME": HOME, "LANG": "C.UTF-8"}
-    if paths:
-        found["PYTHONPATH"] = ":".join(paths)
-    return found
+def layout(paths: Sequence[str], uid: int) -> dict[str, Any]:
+    """Return the mounts, links, files and devices of a root that the interpreter works in.
 
-
-def layout(paths: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mounts, links, files and devices of a root that the interpreter works in."""
-    links = [("/tmp", "work/.tmp"), ("/dev/shm", "/tmp"), ("/dev/fd", "/proc/self/fd")]
+    With them the ``place`` where programs run, and their ``environment``.
+    """
+    place = next(each for each in _PLACES if not any(_below(path, each) for path in paths))
+    temporary = f"{place}/.tmp"
+    links = [("/dev/shm", temporary), ("/dev/fd", "/proc/self/fd")]
     links += [(f"/dev/{name}", f"/proc/self/fd/{n}") for n, name in enumerate(_STREAMS)]
+    folders = ["/usr/local/bin", "/usr/bin", "/bin", str(Path(interpreter()).parent)]
+    environment = {"PATH": ":".join(dict.fromkeys(folders)), "HOME": place, "LANG": "C.UTF-8"}
+    if any(_below(path, "/tmp") for path in paths):
+        # It is theirs then, and cannot be a link to where there is room.
+        environment["TMPDIR"] = temporary
+    else:
+        links.append(("/tmp", temporary))
     mounts: list[tuple[str, str]] = []
     for top in _TOP:
         if os.path.islink(top):
@@ -60,8 +63,10 @@ def layout(paths: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "mounts": mounts,
         "links": links,
-        "files": _files(),
+        "files": _files(place, uid),
         "devices": [each for each in _DEVICES if os.path.exists(each)],
+        "place": place,
+        "environment": environment,
     }
 
 
@@ -72,10 +77,11 @@ def _below(path: str, folder: str) -> bool:
     return os.path.commonpath((path, folder)) == folder
 
 
-def _files() -> list[tuple[str, bytes]]:
+def _files(place: str, uid: int) -> list[tuple[str, bytes]]:
+    user = f"jail:x:{uid}:{uid}::{place}:/bin/sh\n"
     return [
-        ("/etc/passwd", b"root:x:0:0::/:/bin/false\njail:x:1000:1000::/work:/bin/sh\n"),
-        ("/etc/group", b"root:x:0:\njail:x:1000:\n"),
+        ("/etc/passwd", b"root:x:0:0::/:/bin/false\n" + user.encode()),
+        ("/etc/group", f"root:x:0:\njail:x:{uid}:\n".encode()),
         ("/etc/hosts", b"127.0.0.1 localhost jail\n"),
         ("/etc/nsswitch.conf", b"passwd: files\ngroup: files\nhosts: files\n"),
     ]

@@ -20,19 +20,30 @@ __all__ = ["DEFENCES", "open_jail", "open_slot", "unsupported"]
 
 DEFENCES = frozenset(
     {
+        "capabilities",
+        "clean_env",
+        "close_fds",
         "cpu",
-        "file_size",
-        "files",
+        "globals",
+        "ipc_ns",
         "memory",
-        "network",
-        "open_files",
-        "output",
+        "net_ns",
+        "no_new_privs",
+        "nosuid",
+        "output_cap",
+        "pid_ns",
         "pids",
-        "proc",
-        "scratch",
+        "proc_readonly",
+        "readonly_root",
+        "reseed",
+        "rlimit_fsize",
+        "rlimit_nofile",
+        "root",
+        "scratch_inodes",
+        "scratch_size",
+        "scratch_wipe",
         "seccomp",
-        "seed",
-        "user",
+        "uid",
     }
 )
 """What of a jail can be left off, one by one, to see that an attack works without it."""
@@ -44,7 +55,8 @@ _WEAKER: dict[Tier, tuple[Tier, ...]] = {
     "jail": ("process",),
     "process": (),
 }
-_PARKED = 1
+# Two, so that calls in a row find one while the next is made.
+_PARKED = 2
 
 
 async def open_slot(
@@ -137,25 +149,28 @@ async def open_jail(
     if why := unsupported():
         raise SandboxUnavailableError(why, tier="jail")
     root = os.geteuid() == 0
-    network = network or "network" in without
-    config: dict[str, Any] = {
-        **layout.layout(paths),
-        "isolated": True,
-        "root": root,
-        "uid": _UID_INSIDE,
-        "gid": _UID_INSIDE,
-        "network": network,
-        "filter": b"" if "seccomp" in without else seccomp.program(network=network),
-        "paths": list(paths),
-        "environment": layout.environment(),
-    }
-    lease = None
+    if unknown := without - DEFENCES:
+        raise ValueError(f"no such defences: {', '.join(sorted(unknown))}")
+    lease, uid = None, _UID_INSIDE
     if root:
         try:
             lease = UidLease()
         except OSError as error:
             raise SandboxUnavailableError(f"no uid for the slot: {error}", tier="jail") from error
-        config["uid"] = config["gid"] = lease.uid
+        uid = 0 if "uid" in without else lease.uid
+    config: dict[str, Any] = {
+        **layout.layout(paths, uid),
+        "isolated": True,
+        "root": root,
+        "uid": uid,
+        "gid": uid,
+        "network": network or "net_ns" in without,
+        "filter": b"" if "seccomp" in without else seccomp.program(network=network),
+        "paths": list(paths),
+    }
+    if "root" in without:
+        # Where everything of the machine is, a folder that every machine has.
+        config["place"] = "/mnt"
     return await _open("jail", config, ceiling, parked, libraries, cpu_share, lease, without)
 
 
@@ -175,7 +190,7 @@ async def _open_process(
         "paths": [*paths, *(each for each in sys.path if each)],
         # It runs the operator's own functions, with what the operator gave this process.
         "environment": dict(os.environ),
-        "scratch": tempfile.mkdtemp(prefix="agentray-"),
+        "place": tempfile.mkdtemp(prefix="agentray-"),
     }
     return await _open("process", config, ceiling, parked, libraries, cpu_share, None, frozenset())
 
@@ -191,13 +206,12 @@ async def _open(
     without: frozenset[str],
 ) -> JailSlot:
     depth = _PARKED if parked else 0
-    cgroup = cgroups.make(cgroups.find(), f"agentray-{os.getpid()}-{os.urandom(4).hex()}")
+    cgroup = cgroups.make(cgroups.find())
     if cgroup is not None:
         # Beside the program: the zygote, and an init each for it and what is parked.
-        pids = 1_000_000 if "pids" in without else ceiling.pids + 4 + 2 * depth
+        pids = 1_000_000 if "pids" in without else ceiling.pids + 6 + 2 * depth
         cgroup.limit(pids=pids, cpu_share=cpu_share)
     config |= {
-        "proc": "",
         "python": layout.interpreter(),
         "libraries": list(libraries),
         "without": sorted(without),
@@ -210,7 +224,7 @@ async def _open(
         parked=depth,
         cgroup=cgroup,
         lease=lease,
-        folder=config.get("scratch", ""),
+        folder="" if config["isolated"] else config["place"],
         without=without,
     )
     try:

@@ -1,4 +1,4 @@
-"""Read what a run prints, up to a limit, without blocking and without keeping more."""
+"""Read what a child writes, up to a limit, without blocking and without keeping more."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ _PART_BYTES = 64 * 1024
 class Drain:
     """One end of a pipe or socket: reads it whenever there is something, keeps ``most`` bytes.
 
-    What comes past that is read and dropped, so that the writer goes on; ``flooded`` is called
-    when ``enough`` bytes have come. ``closed`` is called once at the end.
+    What comes past that is read, counted in ``total`` and dropped, so that the writer goes on.
+    ``listener`` is called after each read, and at the end.
     """
 
-    __slots__ = ("_closed", "_loop", "_on_data", "content", "descriptor", "enough", "most", "total")
+    __slots__ = (
+        "_loop",
+        "_watched",
+        "closed",
+        "content",
+        "descriptor",
+        "listener",
+        "most",
+        "total",
+    )
 
-    def __init__(
-        self,
-        descriptor: int,
-        on_data: Callable[[], None],
-        *,
-        most: int = 0,
-    ) -> None:
+    def __init__(self, descriptor: int, *, at_once: bool = True) -> None:
         self._loop = asyncio.get_running_loop()
-        self._on_data = on_data
-        self._closed = False
+        self.listener: Callable[[], None] | None = None
+        # By all who had the other end, or by this side.
+        self.closed = False
         self.descriptor = descriptor
         self.content = bytearray()
-        self.most = most
+        self.most = 0
         self.total = 0
         os.set_blocking(descriptor, False)
-        self._loop.add_reader(descriptor, self._readable)
+        if at_once:
+            self.watch()
+        else:
+            self._watched = False
 
-    @property
-    def closed(self) -> bool:
-        """Whether the other end is closed by all who had it."""
-        return self._closed
+    def watch(self) -> None:
+        """Read from now on whenever there is something; before, only when asked to."""
+        self._watched = True
+        self._loop.add_reader(self.descriptor, self._readable)
 
     def read(self) -> bool:
         """Read one part; return whether there may be more right now."""
-        if self._closed:
+        if self.closed:
             return False
         try:
             part = os.read(self.descriptor, _PART_BYTES)
@@ -61,12 +68,22 @@ class Drain:
             self.content += part[:room]
         return True
 
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+    def release(self) -> int:
+        """Leave the descriptor, which is the caller's from now on."""
+        self.closed = True
+        if self._watched:
             self._loop.remove_reader(self.descriptor)
+        return self.descriptor
+
+    def close(self) -> None:
+        """Close this end."""
+        if not self.closed:
+            self.closed = True
+            if self._watched:
+                self._loop.remove_reader(self.descriptor)
             os.close(self.descriptor)
 
     def _readable(self) -> None:
         self.read()
-        self._on_data()
+        if self.listener is not None:
+            self.listener()

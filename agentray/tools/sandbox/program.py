@@ -11,38 +11,69 @@ from __future__ import annotations
 
 import gc
 import json
+import linecache
 import marshal
 import os
-import random
 import resource
 import sys
 import traceback
 from types import ModuleType, TracebackType
 from typing import Any
 
-__all__ = ["FAILED", "RESULT", "prepare", "receive", "run", "warm"]
+__all__ = [
+    "BEGUN",
+    "FAILED",
+    "RESULT",
+    "UNABLE",
+    "prepare",
+    "receive",
+    "go_through",
+    "run",
+    "tell",
+    "warm",
+]
 
-RESULT, FAILED = b"R", b"E"
-"""What a message to the supervisor begins with: a function's result, or why there is none."""
+BEGUN, RESULT, FAILED, UNABLE = b"B", b"R", b"E", b"U"
+"""What is said to the supervisor: that a program begins; then a function's result, why there is
+none, or why no program could be begun, each with its length."""
 
+_OFTEN = (
+    "collections",
+    "datetime",
+    "functools",
+    "io",
+    "itertools",
+    "math",
+    "random",
+    "re",
+    "statistics",
+)
 _HEADER_BYTES = 8
 _MOST_ARGUMENT_BYTES = 100_000
+# In the scratch, where there is room.
+_SCRIPT = ".tmp/script"
 
 Task = tuple[str, Any, Any, dict[str, int], list[tuple[str, int, int, bytes | None]]]
 """Kind, text or target, arguments or environment, rlimits by name, files of the scratch."""
 
 
 def warm() -> None:
-    """Go through what each program needs once, so that children find it done."""
-    space: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile("import io\nprint(sum(range(3)), file=io.StringIO())", "main.py", "exec"), space)  # noqa: S102
-    marshal.loads(marshal.dumps(("python", "", None, {"CPU": 1}, [])))
+    """Import what programs often do, and go once through what each needs."""
+    for name in _OFTEN:
+        __import__(name)
+    go_through()
     json.dumps(json.loads(b'{"a": [1, 2.5, "x", null, true]}'))
     try:
         raise ValueError
     except ValueError as error:
         "".join(traceback.format_exception(error))
-    random.seed()
+
+
+def go_through() -> None:
+    """Compile, run and print once: the way of each program."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("import io\nprint(sum(range(3)), file=io.StringIO())", "main.py", "exec"), space)  # noqa: S102
+    marshal.loads(marshal.dumps(("python", "", None, {"CPU": 1}, [])))
 
 
 def receive(task: int) -> Task | None:
@@ -94,23 +125,29 @@ def run(task: int, without: frozenset[str] = frozenset()) -> None:
     """Receive a program on the descriptor ``task``, run it and end the process."""
     status = 1
     try:
+        # Once more, here: what it writes to is copied now, and not while someone waits.
+        go_through()
         found = receive(task)
         if found is None:
             return
+        os.write(task, BEGUN)
         kind, what, rest, limits, files = found
         try:
             prepare(limits, files)
         except OSError as error:
-            tell(task, FAILED, f"the files could not be put in place: {error.strerror}".encode())
+            tell(task, UNABLE, f"the files could not be put in place: {error.strerror}".encode())
             return
-        if "seed" not in without:
-            random.seed()
+        if "reseed" not in without:
+            sys.modules["random"].seed()
             if "numpy.random" in sys.modules:
                 sys.modules["numpy.random"].seed()
         gc.enable()
         if kind == "function":
             status = _function(task, what, rest)
             return
+        if kind == "exec":
+            # What it is spoken to by, from here on.
+            os.dup2(task, 0)
         os.close(task)
         status = _python(what) if kind == "python" else _execute(kind, what, rest)
     finally:
@@ -130,9 +167,10 @@ def _execute(kind: str, what: Any, environment: dict[str, str]) -> int:
         script: str = what
         arguments = ["/bin/sh", "-c", script]
         if len(script) > _MOST_ARGUMENT_BYTES:
-            with open("/tmp/.script", "w", encoding="utf-8", errors="surrogateescape") as file:
+            os.makedirs(os.path.dirname(_SCRIPT), exist_ok=True)
+            with open(_SCRIPT, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(script)
-            arguments = ["/bin/sh", "/tmp/.script"]
+            arguments = ["/bin/sh", _SCRIPT]
     try:
         os.execvpe(arguments[0], arguments, environment)  # noqa: S606
     except (OSError, ValueError) as error:
@@ -157,8 +195,6 @@ def _python(code: str) -> int:
 
 def _print(error: BaseException, code: str) -> None:
     # The lines of the program, which no file has, and none of ours.
-    import linecache
-
     lines = code.splitlines(keepends=True)
     linecache.cache["main.py"] = (len(code), None, lines, "main.py")
     _show(error)

@@ -7,7 +7,7 @@ import io
 import tarfile
 from typing import NamedTuple
 
-from agentray.tools.sandbox import child as inside
+from agentray.tools.sandbox import harvest
 from agentray.tools.sandbox.base import Limits
 
 __all__ = ["Entry", "ScratchError", "most_bytes", "pack", "unpack"]
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 def most_bytes(limits: Limits) -> int:
     """Return the most that entries of a scratch within the limits can take."""
-    return limits.scratch_bytes + limits.scratch_files * (_LONGEST_NAME + inside.ENTRY.size)
+    return limits.scratch_bytes + limits.scratch_files * (_LONGEST_NAME + harvest.ENTRY.size)
 
 
 def _safe(name: str) -> str:
@@ -77,25 +77,28 @@ def unpack(tar: bytes, limits: Limits) -> list[Entry]:
 
 
 async def pack(entries: bytes, limits: Limits) -> bytes | None:
-    """Return the tar of what an init sent; None if it did not send all, or more than it may."""
-    if len(entries) > _LARGE_BYTES:
-        return await asyncio.to_thread(_pack, entries, limits)
-    return _pack(entries, limits)
+    """Return the tar of what a zygote collected; None if that is not whole, or more than may be."""
+    try:
+        if len(entries) > _LARGE_BYTES:
+            return await asyncio.to_thread(_pack, entries, limits)
+        return _pack(entries, limits)
+    except ScratchError:
+        return None
 
 
 def _pack(entries: bytes, limits: Limits) -> bytes | None:
     out = io.BytesIO()
     position = count = 0
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        while len(entries) - position >= inside.ENTRY.size:
-            name_size, mode, modified, size = inside.ENTRY.unpack_from(entries, position)
-            position += inside.ENTRY.size
+        while len(entries) - position >= harvest.ENTRY.size:
+            name_size, mode, modified, size = harvest.ENTRY.unpack_from(entries, position)
+            position += harvest.ENTRY.size
             if name_size == 0:
                 return out.getvalue() if _closed(archive) else None
             name = entries[position : position + name_size].decode(errors="surrogateescape")
             position += name_size
             count += 1
-            folder = size == inside.FOLDER
+            folder = size == harvest.FOLDER
             size = 0 if folder else size
             if count > limits.scratch_files or position + size > len(entries):
                 return None

@@ -9,9 +9,10 @@ import marshal
 import os
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from agentray.errors import SandboxUnavailableError
 from agentray.tools.sandbox import layout
@@ -19,11 +20,12 @@ from agentray.tools.sandbox.base import Tier
 from agentray.tools.sandbox.cgroups import Cgroup
 from agentray.tools.sandbox.pipes import Drain
 
-__all__ = ["Child", "Zygote"]
+__all__ = ["Child", "Ended", "Zygote"]
 
 _START_S = 20.0
 _FORK_S = 10.0
-_DESCRIPTORS = 5
+_END_S = 2.0
+_DESCRIPTORS = 4
 _BOOTSTRAP = """
 import os, sys
 from types import ModuleType
@@ -40,36 +42,37 @@ __import__("agentray.tools.sandbox.zygote", fromlist=["main"]).main()()
 """
 
 
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """What the zygote tells of a child that is over: its wait status, the CPU seconds of its
+    processes, the peak memory in bytes of the largest or of all where that was counted, whether
+    its scratch is full, and the limit that the zygote ended it at."""
+
+    status: int
+    cpu_s: float
+    memory_bytes: int
+    full: bool
+    why: Literal["", "cpu", "memory"]
+
+
 class Child:
     """A child in its jail, that waits for a program or runs it."""
 
-    def __init__(
-        self, serial: int, sizes: tuple[int, int], fds: list[int], *, isolated: bool
-    ) -> None:
-        task, status, out, err, self._pidfd = fds
+    def __init__(self, serial: int, sizes: tuple[int, int], fds: list[int]) -> None:
+        task, out, err, self._pidfd = fds
         self.serial = serial
         self.sizes = sizes
-        self.isolated = isolated
-        self.listener: Callable[[], None] = lambda: None
-        self.result = Drain(task, self._notify)
-        self.status = Drain(status, self._notify, most=4096)
-        self.out = Drain(out, self._notify)
-        self.err = Drain(err, self._notify)
-        self.cpu_s = 0.0
-        self.peak_bytes = 0
-        self._ended = asyncio.Event()
+        self.task = Drain(task, at_once=False)
+        self.out = Drain(out)
+        self.err = Drain(err)
+        self.left: Drain | None = None
+        """The entries of its scratch, when it is over and they were to be kept."""
+        self.over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
+        """Set when no process of it is left: to how it ended, or None if its zygote died."""
         self._rest = memoryview(b"")
-        self._dead = False
+        self._open = True
 
-    @property
-    def ended(self) -> bool:
-        """Whether it is over: it cannot run anything."""
-        return self.status.closed or self._ended.is_set()
-
-    def send(self, order: bytes, message: bytes) -> bool:
+    def send(self, message: bytes) -> bool:
         """Send the program; return whether all of it is sent."""
-        with contextlib.suppress(OSError):
-            os.write(self.status.descriptor, order)
         self._rest = memoryview(message)
         return self._write()
 
@@ -78,60 +81,59 @@ class Child:
         loop = asyncio.get_running_loop()
         while not self._write():
             writable = loop.create_future()
-            loop.add_writer(self.result.descriptor, _settle, writable)
+            loop.add_writer(self.task.descriptor, _settle, writable)
             try:
                 await writable
             finally:
-                if not self.result.closed:
-                    loop.remove_writer(self.result.descriptor)
+                if not self.task.closed:
+                    loop.remove_writer(self.task.descriptor)
 
     def _write(self) -> bool:
         while self._rest:
-            if self.result.closed:
+            if self.task.closed:
                 return True
             try:
-                self._rest = self._rest[os.write(self.result.descriptor, self._rest) :]
+                self._rest = self._rest[os.write(self.task.descriptor, self._rest) :]
             except BlockingIOError:
                 return False
             except OSError:
                 return True
         return True
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to its init."""
-        if not self._dead:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
-
     def kill(self) -> None:
         """End all its processes: with the init of a pid namespace goes all that is in it.
 
-        Without one the init has to find and end them, and does.
+        Without one, its zygote finds and ends what its process leaves.
         """
-        self.signal(signal.SIGKILL if self.isolated else signal.SIGUSR1)
-
-    async def gone(self, timeout_s: float) -> bool:
-        """Wait until the zygote has seen its end; return whether it has."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), timeout_s)
-        return self._ended.is_set()
+        if self._open:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """End it, and let go of its descriptors."""
-        if self._dead:
-            return
-        self.kill()
-        self._dead = True
-        os.close(self._pidfd)
-        for each in (self.result, self.status, self.out, self.err):
-            each.close()
+        if self._open:
+            self.kill()
+            self._open = False
+            os.close(self._pidfd)
+            for each in (self.task, self.out, self.err, self.left):
+                if each is not None:
+                    each.close()
 
-    def was_reaped(self, cpu_s: float, peak_bytes: int) -> None:
-        self.cpu_s, self.peak_bytes = cpu_s, peak_bytes
-        self._ended.set()
+    def ended(self, found: Ended | None, left: int = -1) -> None:
+        """Take note of its end."""
+        if not self.over.done():
+            if left >= 0 and self._open:
+                self.left = Drain(left)
+            elif left >= 0:
+                os.close(left)
+            self.over.set_result(found)
 
-    def _notify(self) -> None:
-        self.listener()
+
+def _handed_on(control: socket.socket, *, all_others: bool) -> dict[str, Any]:
+    if not all_others:
+        return {"pass_fds": (control.fileno(),)}
+    control.set_inheritable(True)
+    return {"close_fds": False}
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
@@ -160,7 +162,7 @@ class Zygote:
         self._serial = 0
         self.oom_kills = 0
         self.own_bytes = 0
-        self.proc = ""
+        self.sees_processes = False
 
     @property
     def alive(self) -> bool:
@@ -204,13 +206,14 @@ class Zygote:
                 await _ended(process)
             raise
         self._process, self._control = process, ours
-        self.proc = facts[0]
+        self.sees_processes = bool(facts[0])
         if self._cgroup is not None:
             self.own_bytes = self._cgroup.memory_bytes()
             self.oom_kills = self._cgroup.oom_kills()
         asyncio.get_running_loop().add_reader(ours, self._readable)
 
     async def _spawn(self, control: socket.socket) -> asyncio.subprocess.Process:
+        without = self._config["without"]
         # The socket becomes descriptor 3 there, and is the only one above stderr.
         return await asyncio.create_subprocess_exec(
             layout.interpreter(),
@@ -218,9 +221,9 @@ class Zygote:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            env={},
+            env=dict(os.environ) if "clean_env" in without else {},
             cwd="/",
-            pass_fds=(control.fileno(),),
+            **_handed_on(control, all_others="close_fds" in without),
             start_new_session=True,
         )
 
@@ -240,10 +243,20 @@ class Zygote:
         await self._ask("resize", child.serial, sizes)
         child.sizes = sizes
 
+    def keep(self, child: Child, most_bytes: int) -> None:
+        """Have the zygote collect what the child leaves in its scratch."""
+        self._send("keep", child.serial, (most_bytes, None))
+
+    def watch(self, child: Child, cpu_s: float, memory_bytes: int) -> None:
+        """Have the zygote count what the child uses, and end it past the limits (0: none)."""
+        self._send("watch", child.serial, (cpu_s, memory_bytes))
+
     async def close(self) -> None:
         """End it and all its children, and remove its cgroup."""
         self._lost()
         if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _END_S)
             await _ended(self._process)
         for _ in range(100):
             if self._cgroup is None or self._cgroup.remove():
@@ -251,15 +264,21 @@ class Zygote:
             await asyncio.sleep(0.01)
 
     async def _ask(self, what: str, serial: int, sizes: tuple[int, int]) -> Any:
-        if self._control is None:
-            raise SandboxUnavailableError("the zygote is gone", tier=self._tier)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[serial] = future
         try:
-            self._control.send(marshal.dumps((what, serial, *sizes)))
+            self._send(what, serial, sizes)
             return await asyncio.wait_for(future, _FORK_S)
         finally:
             self._waiting.pop(serial, None)
+
+    def _send(self, what: str, serial: int, values: tuple[Any, Any]) -> None:
+        if self._control is None:
+            raise SandboxUnavailableError("the zygote is gone", tier=self._tier)
+        try:
+            self._control.send(marshal.dumps((what, serial, *values)))
+        except BrokenPipeError:
+            raise SandboxUnavailableError("the zygote is gone", tier=self._tier) from None
 
     def _readable(self) -> None:
         while self._control is not None:
@@ -279,14 +298,12 @@ class Zygote:
         if kind == "ended":
             child = self._children.pop(serial, None)
             if child is not None:
-                child.was_reaped(facts[1] + facts[2], facts[3])
+                child.ended(msgspec.convert(facts, Ended), *fds)
             return
         future = self._waiting.get(serial)
         found: Any = None
         if kind == "forked":
-            found = self._children[serial] = Child(
-                serial, self._sizes.pop(serial), fds, isolated=self._config["isolated"]
-            )
+            found = self._children[serial] = Child(serial, self._sizes.pop(serial), fds)
         if future is None or future.done():
             if found is not None:
                 found.close()
@@ -306,5 +323,7 @@ class Zygote:
             if not future.done():
                 future.set_exception(SandboxUnavailableError("the zygote died", tier=self._tier))
         for child in self._children.values():
-            child.was_reaped(0.0, 0)
+            # Its process dies with the zygote; its namespace's init, and with it others, may not.
+            child.kill()
+            child.ended(None)
         self._children.clear()

@@ -163,7 +163,7 @@ def test_a_secret_is_taken_out_however_it_is_encoded(text: str) -> None:
 def test_a_secret_that_the_cut_hit_is_taken_out_too() -> None:
     for size in range(1, len("tok:12/34+x")):
         cut = SECRETS.redact("text " + "tok:12/34+x"[:size], cut=True)
-        assert cut in ("text ", "text [secret PART]")
+        assert cut == "text "
 
 
 def test_a_secret_too_short_to_be_found_again_is_refused() -> None:

@@ -1,0 +1,114 @@
+"""Start long-lived programs in a jail and speak to them over their standard input and output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+from agentray.errors import SandboxUnavailableError
+from agentray.tools.sandbox.base import Limits
+from agentray.tools.sandbox.jail import JailSlot
+from agentray.tools.sandbox.opening import open_jail
+from agentray.tools.sandbox.supervisor import Child
+
+__all__ = ["JailLauncher", "Launched"]
+
+_GONE_S = 5.0
+_LINE_BYTES = 16 * 1024 * 1024
+_LIMITS = Limits(wall_s=0.0, cpu_s=86_400.0, memory_bytes=1024 * 1024 * 1024, pids=128)
+
+
+class Launched:
+    """A running program, alone in a jail of its own."""
+
+    def __init__(
+        self,
+        slot: JailSlot,
+        child: Child,
+        stdin: asyncio.StreamWriter,
+        stdout: asyncio.StreamReader,
+    ) -> None:
+        self._slot = slot
+        self._child = child
+        self.stdin = stdin
+        self.stdout = stdout
+
+    async def wait(self) -> int:
+        """Return the exit code, negative for a signal, once the program has ended."""
+        ended = await asyncio.shield(self._child.over)
+        return -9 if ended is None else os.waitstatus_to_exitcode(ended.status)
+
+    async def kill(self) -> None:
+        """End it and what it started, at once; returns when it is gone. Can be called again."""
+        self._child.kill()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._child.over), _GONE_S)
+        self.stdin.close()
+        self._child.close()
+        await self._slot.close()
+
+
+class JailLauncher:
+    """Starts each program in a jail of its own.
+
+    ``paths`` are folders that are there read-only, at the same place; ``network`` gives programs
+    the machine's network, of which they have none otherwise. There is no limit of wall time.
+    """
+
+    def __init__(
+        self,
+        *,
+        paths: Sequence[str] = (),
+        network: bool = False,
+        limits: Limits = _LIMITS,
+        cpu_share: float = 1.0,
+    ) -> None:
+        self._paths = tuple(paths)
+        self._network = network
+        self._limits = limits
+        self._cpu_share = cpu_share
+
+    async def start(self, argv: Sequence[str], env: Mapping[str, str]) -> Launched:
+        """Start a program with ``env`` as all that is given to its environment.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        try:
+            slot = await open_jail(
+                ceiling=self._limits,
+                parked=False,
+                paths=self._paths,
+                cpu_share=self._cpu_share,
+                network=self._network,
+            )
+        except SandboxUnavailableError as error:
+            raise OSError(str(error)) from error
+        try:
+            child, stdin, stdout = await slot.launch(argv, {**slot.environment, **env})
+            return Launched(slot, child, await _writer(stdin), await _reader(stdout))
+        except SandboxUnavailableError as error:
+            await slot.close()
+            raise OSError(str(error)) from error
+        except BaseException:
+            await slot.close()
+            raise
+
+
+async def _writer(descriptor: int) -> asyncio.StreamWriter:
+    # It has both ways, as a socket, so that it can be written to by a stream; what is read from
+    # it is nothing.
+    inward = socket.socket(fileno=descriptor)
+    inward.setblocking(False)
+    return (await asyncio.open_unix_connection(sock=inward))[1]
+
+
+async def _reader(descriptor: int) -> asyncio.StreamReader:
+    found = asyncio.StreamReader(limit=_LINE_BYTES)
+    loop = asyncio.get_running_loop()
+    file = os.fdopen(descriptor, "rb", 0)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(found), file)
+    return found

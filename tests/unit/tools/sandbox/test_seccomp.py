@@ -1,0 +1,101 @@
+"""Which system calls the filter lets through: its program is run here as the kernel would."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+import pytest
+
+from agentray.tools.sandbox.seccomp import program
+
+X86_64, I386 = 0xC000003E, 0x40000003
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+CLONE_NEWUSER, CLONE_THREAD, CLONE_VM = 0x10000000, 0x00010000, 0x100
+
+
+def answer(code: bytes, number: int, *arguments: int, arch: int = X86_64) -> int:
+    """Return what the filter answers to a call."""
+    facts = struct.pack("=iIQ6Q", number, arch, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
+    steps = list(struct.iter_unpack("=HBBI", code))
+    accumulator = at = 0
+    while True:
+        operation, yes, no, value = steps[at]
+        at += 1
+        if operation == 0x20:
+            (accumulator,) = struct.unpack_from("=I", facts, value)
+        elif operation == 0x06:
+            return value
+        elif operation == 0x05:
+            at += value
+        else:
+            true = {
+                0x15: accumulator == value,
+                0x35: accumulator >= value,
+                0x45: bool(accumulator & value),
+            }[operation]
+            at += yes if true else no
+
+
+@pytest.mark.parametrize("number", [0, 1, 9, 39, 57, 59, 231, 257, 262, 318, 332, 439], ids=str)
+def test_what_programs_live_by_is_allowed(number: int) -> None:
+    assert answer(program(), number) == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    {
+        "ptrace": 101, "pivot_root": 155, "chroot": 161, "mount": 165, "umount2": 166,
+        "sethostname": 170, "init_module": 175, "settimeofday": 164, "clock_settime": 227,
+        "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240, "keyctl": 250, "add_key": 248,
+        "unshare": 272, "setns": 308, "perf_event_open": 298, "process_vm_readv": 310,
+        "kcmp": 312, "seccomp": 317, "memfd_create": 319, "bpf": 321, "userfaultfd": 323,
+        "open_by_handle_at": 304, "iopl": 172, "modify_ldt": 154, "reboot": 169,
+    }.items(),
+)  # fmt: skip
+def test_what_reaches_past_the_jail_is_refused(name: str, number: int) -> None:
+    assert answer(program(), number) == ERRNO | errno.EPERM, name
+
+
+@pytest.mark.parametrize("number", [425, 426, 427, 428, 429, 430, 435, 438, 442, 447, 500])
+def test_newer_calls_do_not_exist_so_that_libraries_fall_back(number: int) -> None:
+    assert answer(program(), number) == ERRNO | errno.ENOSYS
+
+
+def test_other_abis_are_no_way_around() -> None:
+    assert answer(program(), 20, arch=I386) == KILL
+    assert answer(program(), 0x40000000 + 39) == ERRNO | errno.ENOSYS
+
+
+def test_threads_may_be_made_and_namespaces_not() -> None:
+    assert answer(program(), 56, CLONE_VM | CLONE_THREAD) == ALLOW
+    assert answer(program(), 56, CLONE_NEWUSER | 17) == ERRNO | errno.EPERM
+
+
+@pytest.mark.parametrize(
+    ("number", "first", "second", "expected"),
+    [
+        (41, 1, 0, ALLOW),
+        (41, 2, 0, ERRNO | errno.EAFNOSUPPORT),
+        (41, 16, 0, ERRNO | errno.EAFNOSUPPORT),
+        (41, 40, 0, ERRNO | errno.EAFNOSUPPORT),
+        (16, 0, 0x5413, ALLOW),
+        (16, 0, 0x5412, ERRNO | errno.ENOTTY),
+        (157, 15, 0, ALLOW),
+        (157, 24, 0, ERRNO | errno.EINVAL),
+        (135, 0xFFFFFFFF, 0, ALLOW),
+        (135, 0x0040000, 0, ERRNO | errno.EPERM),
+        (302, 0, 7, ALLOW),
+        (302, 1, 7, ERRNO | errno.EPERM),
+    ],
+)
+def test_some_calls_depend_on_their_arguments(
+    number: int, first: int, second: int, expected: int
+) -> None:
+    assert answer(program(), number, first, second) == expected
+
+
+def test_with_the_network_there_are_sockets_of_the_internet_and_no_others() -> None:
+    assert answer(program(network=True), 41, 2) == ALLOW
+    assert answer(program(network=True), 41, 10) == ALLOW
+    assert answer(program(network=True), 41, 17) == ERRNO | errno.EAFNOSUPPORT
