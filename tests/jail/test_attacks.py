@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
-from tests.jail.slots import Jails
 
 from agentray.tools.sandbox.base import Run, Slot
-from tests.jail.attack import Attack, said
+from tests.jail.attack import Attack
 from tests.jail.attacks import HERE, control_here
 from tests.jail.scene import Scene, assert_usable, marked_processes
+from tests.jail.slots import Jails
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.jail.slots import opened_jail
 
 from agentray.tools.sandbox.base import PythonCode, Run, ShellScript, Slot
 from tests.jail.attack import BRIEF, WORKED, python_program, said
 from tests.jail.exhaustion import limits
 from tests.jail.looking import MEMORY_SCAN
 from tests.jail.scene import Scene, assert_usable, marked_processes
+from tests.jail.slots import opened_jail
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
