@@ -8,6 +8,7 @@ when the job is done, else 1.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -20,14 +21,16 @@ from importlib import import_module
 from typing import Any, cast
 
 from agentray.app.address import door
-from agentray.app.jobs import FAILED, RUNNING, say
+from agentray.app.jobs import BROKEN, FAILED, RUNNING, say
+from agentray.app.tool_workers import WorkerTools, check_tools, sandbox_trouble
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
 from agentray.models.serving import app_name
 
-__all__ = ["HOSTS_APP", "answers", "connect", "main", "report_failure"]
+__all__ = ["HOSTS_APP", "TOOLS", "answers", "connect", "main", "report_failure"]
 
 HOSTS_APP = "hosts"
+TOOLS = "tools"
 _POLL_S = 0.1
 # For what dedicated sessions do behind their drain. The supervisor waits longer than two of it.
 _END_MARGIN_S = 6.0
@@ -48,6 +51,7 @@ def main() -> None:
             settings = Settings.model_validate(job["settings"])
             if not job["alone"]:
                 _check_cluster(job["address"])
+            asyncio.run(check_tools(settings))
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
             _stop(job["drain_s"], job["models"], alone=job["alone"])
@@ -92,6 +96,8 @@ def _check_cluster(address: str) -> None:
 def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
     from ray.serve.config import HTTPOptions, ProxyLocation
 
+    from agentray.tools.scheduler import start_pool
+
     serve: Any = import_module("ray.serve")
     # Replicas listen at this address, and the HAProxy of another node must reach them. Its own
     # is what the wrapper binds it to.
@@ -112,8 +118,12 @@ def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
     serve.run_many(
         targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
-    # Not left to Serve: it says only after a minute, and without a reason, that a start failed.
+    # Meanwhile Serve starts them.
+    start_pool(settings, WorkerTools(settings), alone=alone)
+    trouble = asyncio.run(sandbox_trouble(settings.tools.sandbox)) if alone else ""
+    say(*((BROKEN, f"{TOOLS} {trouble}") if trouble else (RUNNING, TOOLS)))
     waiting = {target.name for target in targets}
+    # Not left to Serve: it says only after a minute, and without a reason, that a start failed.
     while waiting:
         for name in waiting & _running(serve.status(), waiting):
             if name != HOSTS_APP or answers(settings, "/healthz"):
@@ -153,6 +163,7 @@ def _stop(drain_s: float, models: list[str], *, alone: bool) -> None:
     The models stay until then: running turns need them. Where Ray ends next, they end with it.
     """
     from agentray.sessions.dedicated import end_all
+    from agentray.tools.scheduler import end_pool
 
     with ThreadPoolExecutor(1) as beside:
         ending = beside.submit(end_all, timeout_s=drain_s + _END_MARGIN_S)
@@ -160,6 +171,7 @@ def _stop(drain_s: float, models: list[str], *, alone: bool) -> None:
         ending.result()
     # A host that had not begun to drain may have started one anew.
     end_all(timeout_s=_END_MARGIN_S)
+    end_pool()
     if not alone:
         apps = [SIMULATOR, *map(app_name, models)]
         with ThreadPoolExecutor(len(apps)) as beside:

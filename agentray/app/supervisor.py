@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 import agentray
 from agentray.app.address import in_url, url
-from agentray.app.deploy import HOSTS_APP
+from agentray.app.deploy import HOSTS_APP, TOOLS
 from agentray.app.environment import (
     DRAIN_MARGIN_S,
     base_environment,
@@ -165,6 +165,7 @@ class Supervisor:
             group.create_task(self._start_ray())
         models = self._report.begin("models")
         hosts = self._report.begin("session hosts")
+        tools = self._report.begin("tool workers")
         served = [f"{name} (loading)" for name in self._settings.models.serve]
         others = [*self._settings.models.endpoints, *served]
         if not self._settings.models.simulated():
@@ -175,6 +176,11 @@ class Supervisor:
                 models(", ".join([*others, SIMULATOR]))
             elif name == HOSTS_APP:
                 hosts(str(self._settings.host_count()))
+            elif name == TOOLS:
+                workers = self._settings.tools.workers
+                tools(f"{workers.min or 1} to {workers.max}, with {workers.slots} slots each")
+                if trouble:
+                    self._report.warn(f"{trouble} (`agentray doctor` says more)")
 
         await self._deploy(running)
         self._note(ready=True)

@@ -2,4 +2,155 @@
 
 from __future__ import annotations
 
-__all__ = ["WorkerTools"]
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentray.clock import SystemClock
+from agentray.config.settings import BreakerSettings, Settings
+from agentray.config.tool_settings import SandboxSettings
+from agentray.errors import SandboxUnavailableError
+from agentray.models.breaker import Breaker
+from agentray.models.checks import schema_problem
+from agentray.telemetry.logging import get_logger
+from agentray.tools.code import ceiling
+from agentray.tools.listing import listing_tool
+from agentray.tools.mcp import McpServers
+from agentray.tools.mcp_launch import ProcessLauncher
+from agentray.tools.runner import Runner
+from agentray.tools.sandbox.base import Slot
+from agentray.tools.sandbox.launch import JailLauncher
+from agentray.tools.sandbox.opening import open_slot
+from agentray.tools.spec import Toolbox, ToolSpec
+from agentray.tools.spec_runner import Place, SpecRunner
+from agentray.tools.toolbox import check_agents, open_toolbox
+
+__all__ = ["WorkerTools", "check_tools", "sandbox_trouble"]
+
+log = get_logger(__name__)
+
+
+class WorkerTools:
+    """Opens a worker's runners, in its process; picklable. See ``OpenRunners``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.tools
+
+    async def __call__(self, slots: int) -> Sequence[Runner]:
+        """Open so many runners; the tools of MCP servers have been asked for when it returns.
+
+        Raises:
+            ConfigError: the settings cannot be used.
+        """
+        settings = self._settings
+        box = Toolbox([])
+        servers = McpServers(
+            settings.mcp,
+            launchers={"jail": JailLauncher(paths=_libraries()), "process": ProcessLauncher()},
+            schema_problem=schema_problem,
+            changed=lambda specs, instead_of: box.put(specs, instead_of=instead_of),
+        )
+        local = await open_toolbox(
+            settings,
+            breaker=lambda host: Breaker(BreakerSettings()),
+            clock=SystemClock(),
+            # Each worker has its part of what the gateway allows all together.
+            share=1 / settings.workers.max,
+            sources=[servers],
+        )
+        box.put([*local.specs, listing_tool(servers.specs)])
+        await servers.start()
+        slots_of = _Slots(settings.sandbox.allow_weaker != "none", settings.code.cpus, box)
+        runners = [SpecRunner(box, slots_of.open, late=servers.run) for _ in range(slots)]
+        try:
+            # What it lacks is known now, and the first call finds a sandbox that is ready.
+            await runners[0].prepare(Place(settings.sandbox.tier))
+        except SandboxUnavailableError as error:
+            log.warning("sandbox_unavailable", reason=error.message)
+        return [*runners[:-1], _Last(runners[-1], local)]
+
+
+class _Slots:
+    """Opens sandboxes as large as the tools need them."""
+
+    def __init__(self, weaker_allowed: bool, code_cpus: float, box: Toolbox) -> None:
+        self._weaker_allowed = weaker_allowed
+        self._code_cpus = code_cpus
+        self._box = box
+        self._told = False
+
+    async def open(self, place: Place) -> Slot:
+        specs = [spec for spec in self._box.specs if _runs_at(spec, place)]
+        slot = await open_slot(
+            place.tier,
+            ceiling=ceiling(specs, place.tier),
+            # A model's code sees nothing of the operator's.
+            paths=_libraries() if place.operator else (),
+            cpu_share=max(1.0, *(s.cpu for s in specs)) if place.operator else self._code_cpus,
+            weaker_tier_allowed=self._weaker_allowed,
+        )
+        if slot.tier != place.tier and not self._told:
+            self._told = True
+            log.warning("sandbox_weaker", asked=place.tier, had=slot.tier)
+        return slot
+
+
+class _Last:
+    """The last runner of a worker, which closes the tools with itself."""
+
+    def __init__(self, runner: SpecRunner, box: Toolbox) -> None:
+        self._runner = runner
+        self._box = box
+
+    async def run(self, call: Any) -> Any:
+        return await self._runner.run(call)
+
+    async def close(self) -> None:
+        await self._runner.close()
+        await self._box.close()
+
+
+def _runs_at(spec: ToolSpec, place: Place) -> bool:
+    return spec.program is not None and spec.tier == place.tier and spec.operator == place.operator
+
+
+def _libraries() -> list[str]:
+    """Return the folders that this process imports from, the standard library's aside."""
+    found = [Path(each) for each in sys.path if each]
+    standard = Path(sys.base_prefix)
+    return [
+        str(folder)
+        for folder in found
+        if folder.is_dir()
+        and (folder.name in ("site-packages", "dist-packages") or standard not in folder.parents)
+    ]
+
+
+async def check_tools(settings: Settings) -> None:
+    """See that the tools can be had, and that agents name those that are there.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    box = await open_toolbox(
+        settings.tools, breaker=lambda host: Breaker(BreakerSettings()), clock=SystemClock()
+    )
+    try:
+        check_agents(settings.agents, box, late=settings.tools.mcp)
+    finally:
+        await box.close()
+
+
+async def sandbox_trouble(settings: SandboxSettings) -> str:
+    """Return in a line why models' code is not contained on this machine as the settings say, or
+    nothing."""
+    try:
+        slot = await open_slot(
+            settings.tier, parked=False, weaker_tier_allowed=settings.allow_weaker != "none"
+        )
+    except SandboxUnavailableError as error:
+        return f"python and shell are refused: {error.message.splitlines()[0]}"
+    await slot.close()
+    weaker = f"python and shell run in the weaker tier {slot.tier!r}, not {settings.tier!r}"
+    return "" if slot.tier == settings.tier else weaker

@@ -374,7 +374,9 @@ class AgentSettings(_Section):
     cache: bool | None = Field(
         default=None, description="Answer equal calls from the cache; at temperature 0 if not said."
     )
-    tools: tuple[str, ...] = Field(default=("echo",), description="Names of its tools.")
+    tools: tuple[str, ...] = Field(
+        default=("echo", "python", "shell"), description="Names of its tools."
+    )
     max_steps: Count = Field(default=16, description="Model calls that one turn may make.")
     max_output_tokens: Count | None = Field(default=None, description="Tokens of one answer.")
     temperature: float | None = Field(default=None, ge=0, le=2, description="Sampling temperature.")

@@ -37,6 +37,7 @@ class CodeSettings(Section):
 
     wall_s: Seconds = Field(default=30.0, description="Time, after which it is killed.")
     cpu_s: Seconds = Field(default=30.0, description="CPU-seconds of all its processes.")
+    cpus: Seconds = Field(default=1.0, description="Cores that it may use at once.")
     memory_bytes: Count = Field(default=256 * _MIB, description="Memory, in bytes.")
     pids: Count = Field(default=32, description="Processes and threads at once.")
     scratch_bytes: Count = Field(

@@ -32,17 +32,20 @@ class ToolWorkersSettings(Section):
     max: Count = Field(default=4, description="Most workers, but for one on each node.")
     slots: int = Field(default=8, ge=1, le=256, description="Calls that one worker runs at once.")
     cpus: float = Field(
-        default=1.0,
+        default=0.5,
         gt=0,
         allow_inf_nan=False,
         description="Cores that Ray sets aside for a worker.",
     )
     memory_bytes: Count = Field(
-        default=2 * 1024**3, description="Memory that Ray sets aside for a worker, in bytes."
+        default=1024**3, description="Memory that Ray sets aside for a worker, in bytes."
     )
     max_queued: Count = Field(default=10_000, description="Calls of all tenants that may wait.")
     max_queued_per_tenant: Count = Field(
         default=1_000, description="Calls of one tenant that may wait."
+    )
+    max_wait_s: Seconds = Field(
+        default=60.0, description="Time after which a call that still waits is dropped."
     )
     up_after_wait_s: Seconds = Field(
         default=1.0, description="Expected wait of a new call, above which a worker is added."

@@ -19,6 +19,7 @@ from agentray.sessions.base import Cursor, StreamItem, TurnInfo
 from agentray.sessions.calls import SessionCalls
 from agentray.sessions.process import OwnerProcess
 from agentray.telemetry.logging import configure_logging, get_logger
+from agentray.tools.worker import find_scheduler
 
 __all__ = ["NAMESPACE", "DedicatedSession", "actor_name", "end_all", "launcher"]
 
@@ -76,6 +77,7 @@ class DedicatedSession:
                         f"{actor_name(self._tenant, self._id)}/{os.getpid()}"
                     ),
                     launch_dedicated=None,
+                    locate=find_scheduler,
                 )
                 await process.start()
                 self._process = process

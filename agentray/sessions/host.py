@@ -18,6 +18,7 @@ from agentray.sessions.calls import SessionCalls
 from agentray.sessions.dedicated import launcher
 from agentray.sessions.process import OwnerProcess
 from agentray.telemetry.logging import configure_logging, get_logger
+from agentray.tools.worker import find_scheduler
 
 __all__ = ["DEPLOYMENT", "SessionHost"]
 
@@ -49,6 +50,7 @@ class SessionHost:
             placement="shared",
             address=f"{node_ip}/{context.replica_tag}/{os.getpid()}",
             launch_dedicated=launcher(settings, models_url),
+            locate=find_scheduler,
             hint=context.replica_tag,
         )
         self._calls = SessionCalls(self._process.sessions)

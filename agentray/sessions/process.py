@@ -25,6 +25,7 @@ from agentray.sessions.base import Placement
 from agentray.sessions.drain import drain
 from agentray.sessions.following import Following
 from agentray.sessions.journal import Journal
+from agentray.sessions.owner_tools import OwnerTools
 from agentray.sessions.ownership import Ownership
 from agentray.sessions.patience import PatientModels
 from agentray.sessions.recovery import Recovery
@@ -33,15 +34,13 @@ from agentray.sessions.runtime import SessionRuntime
 from agentray.sessions.service import SessionService
 from agentray.sessions.state import Rules
 from agentray.sessions.stream import Hub, TailWriter, WireMessage
-from agentray.sessions.tool_calls import ToolCalls
 from agentray.storage.postgres import PostgresStore
 from agentray.storage.redis import RedisStore
 from agentray.storage.redis_answers import RedisAnswers
 from agentray.telemetry.exposition import Exposition
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
-from agentray.tools.echo import ECHO
-from agentray.tools.spec import Toolbox
+from agentray.tools.location import Locate
 
 __all__ = ["OwnerProcess"]
 
@@ -63,6 +62,7 @@ class OwnerProcess:
         placement: Placement,
         address: str,
         launch_dedicated: Callable[[str, str], Awaitable[None]] | None,
+        locate: Locate | None = None,
         hint: str | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -99,7 +99,15 @@ class OwnerProcess:
         self._journal = Journal(self.store)
         self._hubs: dict[Key, Hub] = {}
         self._hint = hint
-        tools = Toolbox([ECHO])
+        self.tools = OwnerTools(
+            settings,
+            owner_id=self.ownership.owner_id,
+            agents=self.agents,
+            locate=locate,
+            scratch=self.store.scratch,
+            clock=clock,
+            metrics=self.metrics,
+        )
         self._answers = RedisAnswers(
             settings.redis.url.get_secret_value(),
             settings.redis,
@@ -126,16 +134,8 @@ class OwnerProcess:
             router=self.router,
             models=ModelCalls(self.router, patient, settings.models, self._cache),
             agents=self.agents,
-            tools=tools,
-            tool_calls=ToolCalls(
-                tools=tools,
-                agents=self.agents,
-                pool=None,
-                shared=None,
-                scratch=self.store.scratch,
-                clock=clock,
-                queue_s=60.0,
-            ),
+            tools=self.tools.box,
+            tool_calls=self.tools.calls,
             clock=clock,
             metrics=self.metrics,
         )
@@ -214,10 +214,19 @@ class OwnerProcess:
         )
 
     async def start(self) -> None:
-        """Connect and begin to own sessions. Raises ``StorageUnavailableError``."""
+        """Connect and begin to own sessions.
+
+        Raises:
+            StorageUnavailableError: PostgreSQL cannot be reached.
+            ConfigError: the settings of tools cannot be used.
+        """
+        await self.tools.start()
+        if self.tools.lists:
+            self._run_beside(self.tools.run())
+            # Turns that are taken over may be in the middle of a call of such a tool.
+            await self.tools.known()
         await self.store.open()
         await self.ownership.beat()
-        loop = asyncio.get_running_loop()
         for loop_body in (
             self.ownership.run(),
             self._recovery.run(),
@@ -225,10 +234,13 @@ class OwnerProcess:
             self._exposition.run(),
             *([self._served.run()] if self._served is not None else []),
         ):
-            task = loop.create_task(loop_body)
-            task.add_done_callback(self._ended)
-            self._tasks.append(task)
+            self._run_beside(loop_body)
         log.info("owner_started", owner=self.ownership.owner_id)
+
+    def _run_beside(self, loop_body: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(loop_body)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -240,9 +252,7 @@ class OwnerProcess:
     ) -> None:
         """Run something for as long as this process runs; ``closers`` are called, in order, when
         it was cancelled. If it ends by itself, the process is to be replaced."""
-        task = asyncio.get_running_loop().create_task(run)
-        task.add_done_callback(self._ended)
-        self._tasks.append(task)
+        self._run_beside(run)
         self._closers += closers
 
     async def drain(self) -> None:
@@ -273,6 +283,7 @@ class OwnerProcess:
             _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
         for close in self._closers:
             await close()
+        await self.tools.close()
         await self._journal.stop()
         await self._tails.stop()
         await self.following.close()

@@ -59,7 +59,6 @@ class ToolCalls:
         tools: Toolbox,
         agents: Agents,
         pool: ToolPool | None,
-        shared: SharedResults | None,
         scratch: ScratchStore,
         clock: Clock,
         queue_s: float,
@@ -67,7 +66,8 @@ class ToolCalls:
         self._tools = tools
         self._agents = agents
         self._pool = pool
-        self._shared = shared
+        self.shared: SharedResults | None = None
+        """Where results are shared, if any tool has its results shared."""
         self._scratch = scratch
         self._clock = clock
         self._queue_s = queue_s
@@ -100,10 +100,10 @@ class ToolCalls:
                 async with files:
                     return await self._run_on_files(self._pool, actor, spec, call, key, seq)
             ask = self._ask(actor, spec, call, key)
-            if spec.cache_s and self._shared is not None:
+            if spec.cache_s and self.shared is not None:
                 arguments = msgspec.json.decode(ask.arguments, type=dict[str, Any])
                 pool = self._pool
-                return await self._shared.get(spec, actor.tenant, arguments, lambda: pool.call(ask))
+                return await self.shared.get(spec, actor.tenant, arguments, lambda: pool.call(ask))
             return await self._pool.call(ask)
         except AgentRayError as error:
             log.warning("tool_not_run", tool=call.name, code=error.code, error=error.message)

@@ -128,6 +128,13 @@ class Metrics:
             of_tool,
             registry=r,
         )
+        self.tool_cache = Counter(
+            "agentray_tool_cache",
+            "Calls of tools whose results are shared: hit, shared (with an equal call), miss,"
+            " unavailable (Redis).",
+            ["outcome"],
+            registry=r,
+        )
         self.tool_queue = Gauge(
             "agentray_tool_queue", "Calls that wait for a slot, of all hosts.", registry=r
         )

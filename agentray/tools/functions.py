@@ -154,6 +154,7 @@ def tool(
                 pids=_PIDS,
             ),
             cpu=cpu,
+            operator=True,
             context_argument=arguments.context,
         )
         return FunctionTool(function, spec, arguments)

@@ -10,7 +10,12 @@ import msgspec
 from agentray.tools.sandbox.base import Limits, Tier
 from agentray.tools.spec import OnCrash, ToolContext, ToolSpec
 
-__all__ = ["decode_specs", "encode_specs"]
+__all__ = ["LISTING", "decode_specs", "encode_specs", "listing_tool"]
+
+LISTING = ".listing"
+"""A tool that workers have and no agent can name: it returns the tools that only workers know."""
+
+_MOST_BYTES = 8 * 1024 * 1024
 
 Run = Callable[[dict[str, Any], ToolContext], Awaitable[str]]
 
@@ -27,6 +32,7 @@ class _Shipped(msgspec.Struct, frozen=True, omit_defaults=True):
     limits: Limits = Limits()
     cpu: float = 1.0
     keeps_scratch: bool = False
+    operator: bool = False
     context_argument: str = ""
 
 
@@ -54,3 +60,20 @@ def decode_specs(
         ToolSpec(**msgspec.structs.asdict(found), run=run(found.name))
         for found in _decoder.decode(encoded)
     ]
+
+
+def listing_tool(specs: Callable[[], Iterable[ToolSpec]]) -> ToolSpec:
+    """Return the tool ``LISTING``, whose result ``decode_specs`` reads."""
+
+    async def run(arguments: dict[str, Any], context: ToolContext) -> str:
+        return encode_specs(specs()).decode()
+
+    return ToolSpec(
+        name=LISTING,
+        description="Lists tools.",
+        parameters={"type": "object"},
+        run=run,
+        on_crash="retry",
+        limits=Limits(output_bytes=_MOST_BYTES),
+        cpu=0.01,
+    )

@@ -57,6 +57,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     ``cache_s``: results of equal calls of a tenant are shared for so long; ``version`` tells
     apart what another version computed. ``cpu`` (cores) is what a call is expected to use, for
     its cost while it is queued. ``keeps_scratch``: files of the session are there and are kept.
+    ``operator``: the program is the operator's own, and sees the libraries that this process sees.
     ``context_argument`` is the argument that the call's ``ToolContext`` comes under, whatever the
     model says; none if it is empty.
     """
@@ -75,6 +76,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     cpu: float = 1.0
     keeps_scratch: bool = False
+    operator: bool = False
     context_argument: str = ""
 
 

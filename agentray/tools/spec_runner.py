@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from jsonschema import Draft202012Validator
@@ -20,12 +20,21 @@ from agentray.tools.runner import Ask
 from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, Run, Slot, Tier
 from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
 
-__all__ = ["OpenSlot", "SpecRunner", "arguments_problem"]
+__all__ = ["OpenSlot", "Place", "SpecRunner", "arguments_problem"]
 
 log = get_logger(__name__)
 
-OpenSlot = Callable[[Tier], Awaitable[Slot]]
+
+class Place(NamedTuple):
+    """Which sandboxes a tool's calls run in: those of the operator's code see its libraries."""
+
+    tier: Tier
+    operator: bool = False
+
+
+OpenSlot = Callable[[Place], Awaitable[Slot]]
 """Opens a sandbox's slot; raises ``ToolError`` where the tier cannot be had."""
+
 
 # JSON of a journal and of a database cannot have it.
 _NUL = {0: "\N{REPLACEMENT CHARACTER}"}
@@ -36,26 +45,37 @@ _SHOWN_CHARS = 200
 class SpecRunner:
     """A worker's slot: runs one call at a time, in its own process or in its sandboxes.
 
-    A sandbox of each tier is opened when it is first needed, and kept.
+    A sandbox of each place is opened when it is first needed, and kept. ``late`` finds what runs
+    a tool that is not in the toolbox yet, but was listed to others before.
     """
 
-    def __init__(self, toolbox: Toolbox, open_slot: OpenSlot) -> None:
+    def __init__(
+        self,
+        toolbox: Toolbox,
+        open_slot: OpenSlot,
+        *,
+        late: Callable[[str], Callable[..., Awaitable[str]] | None] = lambda name: None,
+    ) -> None:
         self._toolbox = toolbox
         self._open_slot = open_slot
-        self._slots: dict[Tier, Slot] = {}
+        self._late = late
+        self._slots: dict[Place, Slot] = {}
 
-    async def prepare(self, tier: Tier) -> None:
+    async def prepare(self, place: Place) -> None:
         """Open a sandbox ahead of its first call.
 
         Raises:
             ToolError: the tier cannot be had.
         """
-        if tier not in self._slots:
-            self._slots[tier] = await self._open_slot(tier)
+        if place not in self._slots:
+            self._slots[place] = await self._open_slot(place)
 
     async def run(self, call: Ask) -> ToolResult:
         """Run a call; whatever becomes of it is a result. A cancellation ends it and goes on."""
         spec = self._toolbox.get(call.tool)
+        if spec is None and (run := self._late(call.tool)) is not None:
+            # Its server, which knows its schema, checks the arguments.
+            spec = ToolSpec(call.tool, "", {"type": "object"}, run, timeout_s=call.timeout_s)
         if spec is None:
             return _error(f"There is no tool {call.tool[:80]!r}.", "refused")
         try:
@@ -103,20 +123,21 @@ class SpecRunner:
     async def _sandboxed(self, spec: ToolSpec, arguments: dict[str, Any], call: Ask) -> ToolResult:
         assert spec.program is not None
         program = spec.program(arguments)
+        place = Place(spec.tier, spec.operator)
         limits = spec.limits
         if call.timeout_s < limits.wall_s:
             limits = msgspec.structs.replace(limits, wall_s=max(0.001, call.timeout_s))
         try:
-            await self.prepare(spec.tier)
+            await self.prepare(place)
         except ToolError as error:
             return _error(error.message, str(error.fields.get("reason", "refused")))
-        slot = self._slots[spec.tier]
+        slot = self._slots[place]
         scratch = call.scratch if spec.keeps_scratch else b""
         outcome = await slot.run(Run(program, limits, scratch, keep_scratch=spec.keeps_scratch))
         if outcome.reason == "failed":
             # Whatever broke it must not break the next call: that gets a new one.
             log.warning("sandbox_failed", tool=spec.name, tier=spec.tier)
-            del self._slots[spec.tier]
+            del self._slots[place]
             await slot.close()
         returned = isinstance(program, FunctionCall)
         output = _returned(outcome, limits) if returned else printed(outcome, limits)

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, Run, Slot
-from agentray.tools.sandbox.opening import open_slot
+from agentray.tools.sandbox.opening import open_jail
+from tests.jail.attack import BRIEF
 
 __all__ = ["Jails", "opened_jail"]
 
@@ -22,16 +23,10 @@ CEILING = Limits(
 )
 
 
-async def _opened(without: frozenset[str]) -> Slot:
-    if without:
-        raise NotImplementedError
-    return await open_slot("jail", ceiling=CEILING)
-
-
 @asynccontextmanager
 async def opened_jail(without: frozenset[str] = frozenset()) -> AsyncIterator[Slot]:
-    """Open a jail; ``without`` names what it is to leave out."""
-    slot = await _opened(without)
+    """Open a jail; ``without`` names the defences that it is to leave off."""
+    slot = await open_jail(ceiling=CEILING, without=without)
     try:
         yield slot
     finally:
@@ -47,10 +42,11 @@ class Jails:
     async def run(self, run: Run, *, without: frozenset[str]) -> Outcome:
         slot = self._open.get(without)
         if slot is None:
-            self._open[without] = slot = await _opened(without)
+            slot = await open_jail(ceiling=CEILING, without=without)
+            self._open[without] = slot
         outcome = await slot.run(run)
         # An attack that worked may have broken the place for the next one.
-        after = await slot.run(Run(PythonCode("print(1)")))
+        after = await slot.run(Run(PythonCode("print(1)"), BRIEF))
         if after.stdout != b"1\n":
             await self._open.pop(without).close()
         return outcome

@@ -10,7 +10,7 @@ from agentray.tools.sandbox.base import Run, Slot
 from tests.jail.attack import Attack
 from tests.jail.attacks import HERE, control_here
 from tests.jail.scene import Scene, assert_usable, marked_processes
-from tests.jail.slots import Jails
+from tests.jail.slots import Jails, opened_jail
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
