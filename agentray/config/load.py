@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from agentray.config.environment import interpolate, override
 from agentray.config.fields import ROOT, find
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.config.source import Path, Problem, Source
-from agentray.config.tool_checks import BUILT_IN, bad_tools
+from agentray.config.tool_checks import bad_tools
 from agentray.errors import ConfigError
 
 __all__ = ["load_settings"]
@@ -29,7 +29,6 @@ def load_settings(
     env: Mapping[str, str],
     *,
     flags: Mapping[str, Any] | None = None,
-    tools: Collection[str] = BUILT_IN,
     schema_problem: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Settings:
     """Return the settings of a YAML file, with what the environment and the flags say over it.
@@ -38,7 +37,6 @@ def load_settings(
         path: the file; without one the defaults are the base.
         env: the environment, for ``${VAR}`` in the file's texts and ``AGENTRAY_…`` overrides.
         flags: values of the command line as nested sections; they win over everything.
-        tools: the names of the tools that agents may have besides the configured ones.
         schema_problem: returns why the JSON schema of an agent's answers cannot be used, or None.
 
     Raises:
@@ -57,7 +55,7 @@ def load_settings(
     except ValidationError as error:
         source.problems.extend(_explained(error, source))
     if settings is not None:
-        for key, text in _contradictions(settings, tools):
+        for key, text in _contradictions(settings):
             if not source.is_broken(key):
                 source.problems.append(Problem(source.origin_of(key), key, text))
         for name, agent in settings.agents.items():
@@ -184,7 +182,7 @@ def _shown(value: object) -> str:
             return f"a {type(value).__name__}"
 
 
-def _contradictions(settings: Settings, tools: Collection[str]) -> Iterator[tuple[Path, str]]:
+def _contradictions(settings: Settings) -> Iterator[tuple[Path, str]]:
     term_s, beat_s = settings.sessions.term_s, settings.sessions.beat_s
     if term_s < 2 * beat_s:
         # One late beat must not make an owner dead.
@@ -192,7 +190,7 @@ def _contradictions(settings: Settings, tools: Collection[str]) -> Iterator[tupl
         yield ("sessions", "term_s"), f"found {term_s:g}; {expected}"
     yield from _bad_addresses(settings)
     yield from _bad_models(settings)
-    yield from bad_tools(settings, tools)
+    yield from bad_tools(settings)
     if not settings.agents:
         yield ("agents",), "found none; expected at least one agent, or no such key at all"
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from agentray.config.settings import Settings, ToolsSettings
 from agentray.config.source import Path
 
-__all__ = ["BUILT_IN", "bad_tools"]
+__all__ = ["bad_tools"]
 
-BUILT_IN = ("echo", "python", "shell")
-"""The tools that are there without being configured."""
+_BUILT_IN = ("echo", "python", "shell")
 
 # What models' endpoints take as the name of a function is up to 64 of these.
 _MOST_NAME_CHARS = 64
@@ -22,7 +21,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_-]")
 _SECRET = re.compile(r"\$\{secret:([^}]*)\}")
 
 
-def bad_tools(settings: Settings, built_in: Collection[str]) -> Iterator[tuple[Path, str]]:
+def bad_tools(settings: Settings) -> Iterator[tuple[Path, str]]:
     """Yield the key of each problem, and what was found and expected.
 
     An agent's tools are names that the configuration knows, ``GROUP__TOOL`` and ``GROUP.*`` of the
@@ -34,8 +33,8 @@ def bad_tools(settings: Settings, built_in: Collection[str]) -> Iterator[tuple[P
         **dict.fromkeys(tools.openapi, "openapi"),
         **dict.fromkeys(tools.mcp, "mcp"),
     }
-    known = {*built_in, *tools.http, *map(_sql_tool, tools.sql)}
-    yield from _bad_names(tools, built_in)
+    known = {*_BUILT_IN, *tools.http, *map(_sql_tool, tools.sql)}
+    yield from _bad_names(tools)
     yield from _bad_secrets(tools)
     for name, agent in settings.agents.items():
         for tool in agent.tools:
@@ -65,8 +64,8 @@ def _in_group(tool: str, groups: Mapping[str, str], tools: ToolsSettings) -> boo
     return not listed or tool in names
 
 
-def _bad_names(tools: ToolsSettings, built_in: Collection[str]) -> Iterator[tuple[Path, str]]:
-    taken = dict.fromkeys(built_in, "a built-in tool")
+def _bad_names(tools: ToolsSettings) -> Iterator[tuple[Path, str]]:
+    taken = dict.fromkeys(_BUILT_IN, "a built-in tool")
     tool = "expected up to 64 letters, digits, _ and -"
     group = "expected up to 31 letters, digits, - and single _"
     for kind, entries, pattern, expected in (

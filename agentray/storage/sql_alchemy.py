@@ -42,7 +42,6 @@ _TYPES: tuple[tuple[type, str], ...] = (
     (str, "text"),
     (bytes, "bytes"),
 )
-_BATCH_ROWS = 100
 _MOST_MESSAGE = 2_000
 _INTERRUPT_S = 2.0
 # One value must not fill a worker's memory.
@@ -151,11 +150,10 @@ class AlchemyDatabase:
             return Table([], [], affected=max(0, result.rowcount))
         rows = Rows(self._settings.max_rows, self._settings.max_bytes)
         first: Sequence[Any] | None = None
-        while True:
-            batch = rows.next_batch(_BATCH_ROWS)
-            fetched = [tuple(row) for row in result.fetchmany(batch)]
-            first = first or next(iter(fetched), None)
-            if not all(map(rows.add, fetched)) or len(fetched) < batch:
+        # One at a time: a batch of the largest values would fill a worker's memory.
+        while (row := result.fetchone()) is not None:
+            first = first or tuple(row)
+            if not rows.add(tuple(row)):
                 break
         values = first or [None] * len(result.keys())
         columns = [

@@ -7,18 +7,14 @@ configured; no more time, rows and bytes than configured; and nothing left for t
 
 from __future__ import annotations
 
-import array
 import asyncio
-import fcntl
-import termios
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import psycopg
 from psycopg import AsyncConnection, adapters, sql
-from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap, Buffer, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
@@ -26,12 +22,12 @@ from psycopg.raw_cursor import AsyncRawCursor, AsyncRawServerCursor
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 from psycopg.types.string import TextLoader
-from psycopg.waiting import Ready
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from agentray.config.settings import SqlSettings
 from agentray.errors import StorageError, StorageUnavailableError
 from agentray.storage.sql_base import Column, Table, refused
+from agentray.storage.sql_gate import Gate
 from agentray.storage.sql_rows import Rows
 from agentray.storage.sql_statement import READING, WRITING, admitted
 from agentray.telemetry.logging import get_logger
@@ -39,11 +35,13 @@ from agentray.telemetry.logging import get_logger
 __all__ = ["PostgresDatabase"]
 
 log = get_logger(__name__)
-T = TypeVar("T")
 
 # One huge value, an error that quotes one, or a flood of notices must not fill a worker's memory:
 # libpq takes in whole messages. What is past this ends the connection.
 _MOST_WIRE_BYTES = 16 * 1024 * 1024
+_TOO_LARGE = (
+    "the result has values or rows that are too large; select less of them, e.g. left(column, 1000)"
+)
 _BATCH_ROWS = 100
 # Longer than the server's own timeout, so that the server's word comes first where it is in force.
 _GRACE_S = 0.5
@@ -92,33 +90,7 @@ class _Context:
 class _Connection(AsyncConnection[tuple[Any, ...]]):
     """A connection that breaks rather than take in more than it may in one transaction."""
 
-    received_bytes = 0
-
-    async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        return await super().wait(self._counted(gen), interval, timeout)
-
-    def _counted(self, work: PQGen[T]) -> Generator[Any, Any, T]:
-        try:
-            wanted = next(work)
-            while True:
-                ready = yield wanted
-                # Asked for again without a word after an interruption.
-                if ready and ready & Ready.R:
-                    self._count()
-                wanted = work.send(ready)
-        except StopIteration as end:
-            return end.value
-
-    def _count(self) -> None:
-        waiting = array.array("i", [0])
-        fcntl.ioctl(self.pgconn.socket, termios.FIONREAD, waiting)
-        self.received_bytes += waiting[0]
-        if self.received_bytes > _MOST_WIRE_BYTES:
-            raise StorageError(
-                "the result has values or rows that are too large; select less of them, "
-                "e.g. left(column, 1000)",
-                reason="output",
-            )
+    gate: Gate
 
 
 class PostgresDatabase:
@@ -143,10 +115,12 @@ class PostgresDatabase:
             max_waiting=settings.pool_size * _WAITING_PER_CONNECTION,
             timeout=settings.connect_timeout_s,
             reconnect_timeout=0,
+            configure=self._guard,
             check=AsyncConnectionPool.check_connection,
             reset=_reset,
             open=False,
         )
+        self._gates: set[Gate] = set()
         self._opening = asyncio.Lock()
         self._checked = False
 
@@ -159,6 +133,12 @@ class PostgresDatabase:
 
     async def close(self) -> None:
         await self._pool.close()
+        await asyncio.gather(*(gate.close() for gate in self._gates))
+
+    async def _guard(self, connection: _Connection) -> None:
+        gate = connection.gate = Gate(connection.pgconn.socket, _MOST_WIRE_BYTES)
+        self._gates.add(gate)
+        gate.over.add_done_callback(lambda _: self._gates.discard(gate))
 
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[_Connection]:
@@ -168,9 +148,13 @@ class PostgresDatabase:
             if not self._checked:
                 await self._check_user(connection)
                 self._checked = True
-            connection.received_bytes = 0
+            connection.gate.begin()
             try:
                 yield connection
+            except psycopg.Error as error:
+                if connection.gate.exceeded:
+                    raise StorageError(_TOO_LARGE, reason="output") from error
+                raise
             finally:
                 await _end_transaction(connection)
 
@@ -308,8 +292,8 @@ async def _reset(connection: _Connection) -> None:
 
 async def _end_transaction(connection: _Connection) -> None:
     status = connection.pgconn.transaction_status
-    if status == TransactionStatus.ACTIVE:
-        # Broken off amid an answer: there is no way on but another connection.
+    if status in (TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN):
+        # Broken off amid an answer, or lost: there is no way on but another connection.
         await connection.close()
     elif status != TransactionStatus.IDLE:
         await connection.rollback()

@@ -18,7 +18,8 @@ class Entry:
 
     ``link`` is the host's connection that waits for it, if one does. ``lease`` is 0 while it
     waits; ``confirmed`` once its worker has told of it. ``held``: it waits for the fate of a
-    worker that may have it. ``ending``: it is being killed; ``next`` is who asked for it since.
+    worker that may have it. ``ending``: it is being killed; ``next`` is who asked for it since:
+    link, question and deadline.
     """
 
     __slots__ = (
@@ -36,7 +37,7 @@ class Entry:
         self.worker = ""
         self.granted_at = self.charged = 0.0
         self.confirmed = self.held = self.ending = False
-        self.next: tuple[str, Want] | None = None
+        self.next: tuple[str, Want, float] | None = None
 
 
 class CallBook:
@@ -63,8 +64,13 @@ class CallBook:
         want = entry.want
         self._by_key[want.key] = entry
         self._sessions[want.tenant, want.session_id].add(want.key)
-        if entry.deadline:
-            heapq.heappush(self._deadlines, (entry.deadline, want.key))
+        self.due(entry, entry.deadline)
+
+    def due(self, entry: Entry, deadline: float) -> None:
+        """Have a call's deadline at a time, or none for 0."""
+        entry.deadline = deadline
+        if deadline:
+            heapq.heappush(self._deadlines, (deadline, entry.want.key))
 
     def strike(self, entry: Entry) -> None:
         """Forget a call."""

@@ -39,13 +39,15 @@ __all__ = ["OnQueued", "ToolClient", "ToolPoolUnreachableError"]
 log = get_logger(__name__)
 
 OnQueued = Callable[[int, float], None]
-"""Is told how many calls are likely to begin before this one, and the wait expected in seconds."""
+"""Is told where the call stands, 1 for the next to begin, and the wait expected in seconds."""
 
 _CONNECT_S = 5.0
 _PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 # A worker ends its call in time by itself; this is for one that hangs.
 _OVERTIME_S = 30.0
+# A call that has lost so many workers may be what kills them.
+_MAX_LOST = 5
 
 _WHY = {
     "queue_full": "too many tool calls wait; it can be tried again in {0:.0f} s",
@@ -186,7 +188,7 @@ class ToolClient:
 
     async def _settled(self, call: _Call, asked_at: float) -> tuple[ToolResult, float]:
         """Ask until the call is settled; return its result and how long it ran."""
-        pause_s, trying_since = _PAUSE_S, asked_at
+        pause_s, trying_since, lost = _PAUSE_S, asked_at, 0
         while True:
             answer = await self._slot(call, trying_since)
             if isinstance(answer, Refused):
@@ -200,11 +202,12 @@ class ToolClient:
                     return answer.result, answer.wall_s
                 if isinstance(answer, Refused):
                     return ToolResult("error", _WHY[answer.reason], answer.reason), 0.0
-                if isinstance(answer, Unknown):
-                    call.was_at = ""
-                elif call.began:
+                if answer is None and call.began:
                     # The worker was reached: that it is lost now is a new trouble.
                     trying_since, pause_s, call.began = self._clock.monotonic(), _PAUSE_S, False
+                    lost += 1
+                    if lost >= _MAX_LOST:
+                        return ToolResult("error", _WHY["died"], "died"), 0.0
             if self._clock.monotonic() - trying_since >= self._patience_s:
                 raise _unreachable(call.ask)
             await asyncio.sleep(pause_s)
@@ -236,6 +239,7 @@ class ToolClient:
 
     async def _run(self, call: _Call, granted: Granted) -> Done | Unknown | Refused | None:
         """Return the worker's answer; None if it was lost."""
+        call.began = False
         door = self._doors.get(granted.worker)
         if door is None:
             return None
@@ -243,7 +247,7 @@ class ToolClient:
         if link is None:
             return None
         door.calls.add(call)
-        call.was_at, call.began = granted.worker, True
+        before, call.was_at, call.began = call.was_at, granted.worker, True
         link.send(Run(granted.lease, call.ask))
         try:
             async with asyncio.timeout(call.ask.timeout_s + _OVERTIME_S):
@@ -255,6 +259,9 @@ class ToolClient:
             door.calls.discard(call)
         if isinstance(answer, Done):
             link.send(Ack(call.ask.key))
+        elif isinstance(answer, Unknown):
+            # It has not begun with this lease; it may have before.
+            call.was_at = before
         return answer
 
     def _abandon(self, call: _Call) -> None:
@@ -270,13 +277,10 @@ class ToolClient:
     async def _connected(self, gives_up_at: float) -> Link:
         """Return the connection to the scheduler; make one if there is none."""
         pause_s = _PAUSE_S
-        async with self._finding:
-            while self._scheduler is None:
-                left_s = gives_up_at - self._clock.monotonic()
-                if left_s <= 0:
-                    raise ToolPoolUnreachableError("the tool scheduler could not be reached")
-                try:
-                    async with asyncio.timeout(left_s):
+        try:
+            async with asyncio.timeout(gives_up_at - self._clock.monotonic()), self._finding:
+                while self._scheduler is None:
+                    try:
                         where = await self._locate()
                         self._scheduler = await connect(
                             *(self, where.host, where.port),
@@ -284,11 +288,13 @@ class ToolClient:
                             name=self._owner_id,
                             timeout_s=_CONNECT_S,
                         )
-                except (OSError, NotReadyError) as error:
-                    log.warning("tool_scheduler_unreachable", error=str(error))
-                    await asyncio.sleep(min(pause_s, max(0.0, left_s)))
-                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            return self._scheduler
+                    except (OSError, NotReadyError) as error:
+                        log.warning("tool_scheduler_unreachable", error=str(error))
+                        await asyncio.sleep(pause_s)
+                        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                return self._scheduler
+        except TimeoutError as error:
+            raise ToolPoolUnreachableError("the tool scheduler could not be reached") from error
 
     async def _enter(self, door: _Door) -> Link | None:
         """Return the connection to a worker, or None if it cannot be reached."""
@@ -315,7 +321,10 @@ class ToolClient:
     def received(self, link: Link, message: Any) -> None:
         match message:
             case Granted() | Refused() | Done() | Unknown():
-                if (call := self._calls.get(message.key)) is not None:
+                call = self._calls.get(message.key)
+                # What a call was granted that was cancelled since is not for the one that follows.
+                asks = isinstance(message, Granted | Refused)
+                if call is not None and (call in self._wanting) == asks:
                     _answer(call, message)
             case Queued():
                 call = self._calls.get(message.key)

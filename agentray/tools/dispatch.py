@@ -9,7 +9,7 @@ from typing import Any
 
 from agentray.clock import Clock
 from agentray.telemetry.logging import get_logger
-from agentray.tools.leases import Leases, Send
+from agentray.tools.leases import Leases
 from agentray.tools.messages import (
     Alive,
     Fence,
@@ -21,6 +21,7 @@ from agentray.tools.messages import (
     Revoked,
     Want,
 )
+from agentray.tools.outbox import Send
 from agentray.tools.wire import Link, connect, listen
 
 __all__ = ["Dispatch"]

@@ -5,7 +5,8 @@ classes, which have fixed weights so that none starves, and within a class over 
 weights. A flow's tag is the virtual time at which its next call begins: it moves on by cost /
 weight, by the estimate when a call is dispatched, while it runs if it takes longer, and by the
 difference at its end. The flow with the least tag is next. One that had nothing to run begins at
-the virtual time of now: nobody saves up.
+the virtual time of now: nobody saves up. While nothing waits, time goes on to the greatest tag:
+nobody owes for slots that others did not want.
 
 Pure: nothing here knows of time, workers or processes.
 """
@@ -13,6 +14,7 @@ Pure: nothing here knows of time, workers or processes.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -48,7 +50,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a call stands: how many are likely to begin before it, and the wait expected."""
+    """Where a call stands: 1 for the next to begin, and the wait expected."""
 
     position: int
     wait_s: float
@@ -80,6 +82,22 @@ class Queue(Protocol):
     def places(self, slots: int, limit: int) -> Iterator[tuple[str, Place]]: ...
 
 
+class Load(msgspec.Struct, frozen=True):
+    """Calls that wait: how many, and what they need together."""
+
+    calls: float = 0
+    cost: float = 0.0
+    wall_s: float = 0.0
+
+    def __add__(self, more: Load) -> Load:
+        return Load(self.calls + more.calls, self.cost + more.cost, self.wall_s + more.wall_s)
+
+    def due(self, cost: float) -> Load:
+        """Return the part of it that costs so much."""
+        part = min(1.0, max(0.0, cost / self.cost)) if self.cost > 0 else 1.0
+        return Load(part * self.calls, part * self.cost, part * self.wall_s)
+
+
 class _Tenant:
     """What counts for a tenant in all classes together."""
 
@@ -94,18 +112,22 @@ class _Tenant:
         most = self.share.max_running
         return most is not None and self.running >= most
 
+    @property
+    def rests(self) -> bool:
+        return not self.running and not self.queued
+
 
 class _Flow:
     """A tenant's calls of one class."""
 
-    __slots__ = ("calls", "cost", "entry", "level", "tag", "tenant", "wall_s")
+    __slots__ = ("calls", "entry", "level", "load", "tag", "tenant")
 
     def __init__(self, level: _Level, tenant: _Tenant) -> None:
         self.level = level
         self.tenant = tenant
         self.calls: OrderedDict[str, Call] = OrderedDict()
         self.tag = 0.0
-        self.cost = self.wall_s = 0.0
+        self.load = Load()
         # The number of its entry in the heap that counts; 0 while it cannot run anything.
         self.entry = 0
 
@@ -113,14 +135,22 @@ class _Flow:
 class _Level:
     """A priority class: its flows, those that can run a call ordered by tag."""
 
-    __slots__ = ("flows", "heap", "now", "rank", "tag", "waits", "weight")
+    __slots__ = (
+        *("flows", "floor", "heap", "load", "now", "rank", "tag", "top", "waiting", "waits"),
+        "weight",
+    )
 
     def __init__(self, rank: int, weight: float) -> None:
         self.rank = rank
         self.weight = weight
         self.tag = self.now = 0.0
-        self.flows: OrderedDict[str, _Flow] = OrderedDict()
+        # The greatest tag of a flow so far, and what it was when nothing waited last.
+        self.top = self.floor = 0.0
+        self.flows: dict[str, _Flow] = {}
+        # Those that have calls: of thousands of tenants a few.
+        self.waiting: dict[_Flow, None] = {}
         self.heap: list[tuple[float, int, _Flow]] = []
+        self.load = Load()
         self.waits = False
 
     def first(self) -> _Flow | None:
@@ -145,8 +175,9 @@ class FairQueue:
             name: _Level(rank, weight) for rank, (name, weight) in enumerate(CLASS_WEIGHTS.items())
         }
         self._tenants: dict[str, _Tenant] = {}
+        self._resting: OrderedDict[str, None] = OrderedDict()
         self._where: dict[str, _Flow] = {}
-        self._now = 0.0
+        self._now = self._floor = 0.0
         self._entries = 0
 
     def __len__(self) -> int:
@@ -162,10 +193,12 @@ class FairQueue:
             longest = self._longest(flow)
             if longest is flow:
                 return call
-            refused = self.remove(next(reversed(longest.calls)))
+            refused = self._take(longest, next(reversed(longest.calls)))
         flow.calls[call.key] = call
-        flow.cost += call.cost
-        flow.wall_s += call.wall_s
+        flow.level.waiting[flow] = None
+        more = Load(1, call.cost, call.wall_s)
+        flow.load += more
+        flow.level.load += more
         flow.tenant.queued += 1
         self._where[call.key] = flow
         self._enter(flow)
@@ -173,8 +206,11 @@ class FairQueue:
 
     def remove(self, key: str) -> Call | None:
         """Take a call out that waits; return None if it does not."""
-        flow = self._where.get(key)
-        return None if flow is None else self._take(flow, key)
+        if (flow := self._where.get(key)) is None:
+            return None
+        call = self._take(flow, key)
+        self._rests(call.tenant)
+        return call
 
     def pop(self) -> Call | None:
         """Take the next call out, which begins, and charge its estimate; None if none can run."""
@@ -204,8 +240,11 @@ class FairQueue:
         """Charge what a call has cost beyond its charges so far; what is less than nothing is
         given back."""
         flow = self._flow(call)
-        flow.tag += cost / flow.tenant.share.weight
-        flow.level.tag += cost / flow.level.weight
+        level = flow.level
+        # What is not owed any more cannot be given back.
+        flow.tag = max(flow.tag + cost / flow.tenant.share.weight, level.floor)
+        level.top = max(level.top, flow.tag)
+        level.tag = max(level.tag + cost / level.weight, self._floor)
         if flow.entry:
             self._push(flow)
 
@@ -216,42 +255,40 @@ class FairQueue:
         for level in self._levels.values():
             if (flow := level.flows.get(call.tenant)) is not None:
                 self._enter(flow)
-        self._forget(call.tenant)
+        self._rests(call.tenant)
 
     def last_place(self, call: Call, slots: int) -> Place:
         """Return the place behind all that the call's tenant has waiting in its class."""
         flow = self._flow(call)
-        return self._place(flow, len(flow.calls), flow.cost, flow.wall_s, slots)
+        before = flow.load + Load(-1, -call.cost) if flow.calls else Load(0, 0.0, call.wall_s)
+        return self._place(flow, before, slots)
 
     def places(self, slots: int, limit: int) -> Iterator[tuple[str, Place]]:
         """Yield where calls stand, at most so many: those at the head of each flow."""
-        flows = [flow for level in self._levels.values() for flow in level.flows.values()]
-        flows = [flow for flow in flows if flow.calls]
+        flows = [flow for level in self._levels.values() for flow in level.waiting]
         each = max(1, limit // max(1, len(flows)))
         for flow in flows[:limit]:
-            cost = wall_s = 0.0
-            for number, call in enumerate(flow.calls.values(), 1):
-                if number > each:
-                    break
-                cost += call.cost
-                wall_s += call.wall_s
-                yield call.key, self._place(flow, number, cost, wall_s, slots)
+            before = Load()
+            for call in itertools.islice(flow.calls.values(), each):
+                yield call.key, self._place(flow, before + Load(0, 0.0, call.wall_s), slots)
+                before += Load(1, call.cost, call.wall_s)
 
-    def _place(self, flow: _Flow, number: int, cost: float, wall_s: float, slots: int) -> Place:
-        # What the others of the class begin before the virtual time at which this one begins;
-        # the other classes take their part of the slots.
-        begins = flow.tag + cost / flow.tenant.share.weight
-        ahead = 0.0
-        for other in flow.level.flows.values():
-            if other is flow or not other.calls:
-                continue
-            due = (begins - other.tag) * other.tenant.share.weight
-            part = min(1.0, max(0.0, due / other.cost)) if other.cost > 0 else 1.0
-            ahead += part * len(other.calls)
-            wall_s += part * other.wall_s
-        weights = sum(level.weight for level in self._levels.values() if self._can_run(level))
-        share = flow.level.weight / max(weights, flow.level.weight)
-        return Place(number + int(ahead), wall_s / max(1.0, slots * share))
+    def _place(self, flow: _Flow, ahead: Load, slots: int) -> Place:
+        """Return the place of a call behind those of its flow; ``ahead`` has its own length too,
+        which stands for what those that run still need."""
+        # What begins before the virtual time at which it does: of its class, then of the others.
+        level = flow.level
+        begins = flow.tag + ahead.cost / flow.tenant.share.weight
+        for other in level.waiting:
+            if other is not flow:
+                ahead += other.load.due((begins - other.tag) * other.tenant.share.weight)
+        others = [each for each in self._levels.values() if each is not level]
+        self._can_run(level)
+        begins = level.tag + ahead.cost / level.weight
+        for each in others:
+            if self._can_run(each):
+                ahead += each.load.due((begins - each.tag) * each.weight)
+        return Place(1 + int(ahead.calls), ahead.wall_s / max(1, slots))
 
     def _flow(self, call: Call) -> _Flow:
         level = self._levels[call.priority]
@@ -265,12 +302,16 @@ class FairQueue:
 
     def _take(self, flow: _Flow, key: str) -> Call:
         call = flow.calls.pop(key)
-        flow.cost = flow.cost - call.cost if flow.calls else 0.0
-        flow.wall_s = flow.wall_s - call.wall_s if flow.calls else 0.0
+        level = flow.level
+        less = Load(-1, -call.cost, -call.wall_s)
+        # What is left of nothing is nothing: sums of floats are not exact.
+        flow.load = flow.load + less if flow.calls else Load()
         flow.tenant.queued -= 1
         del self._where[key]
         if not flow.calls:
             flow.entry = 0
+            del level.waiting[flow]
+        level.load = level.load + less if level.waiting else Load()
         return call
 
     def _can_run(self, level: _Level) -> bool:
@@ -282,9 +323,18 @@ class FairQueue:
 
     def _enter(self, flow: _Flow) -> None:
         """Let a flow be picked that has a call and may run it."""
-        if flow.calls and not flow.entry and not flow.tenant.capped:
-            flow.tag = max(flow.tag, flow.level.now)
-            self._push(flow)
+        if not flow.calls or flow.entry or flow.tenant.capped:
+            return
+        level = flow.level
+        if level.first() is None:
+            level.now = level.floor = level.top
+            levels = self._levels.values()
+            if not any(each.first() for each in levels):
+                self._now = self._floor = max(each.tag for each in levels)
+                for each in levels:
+                    each.waits = False
+        flow.tag = max(flow.tag, level.now)
+        self._push(flow)
 
     def _push(self, flow: _Flow) -> None:
         self._entries += 1
@@ -301,16 +351,22 @@ class FairQueue:
             waiting = len(flow.calls) + (flow is newcomer)
             return flow.level.rank, waiting / flow.tenant.share.weight
 
-        flows = (flow for level in self._levels.values() for flow in level.flows.values())
-        return max((flow for flow in flows if flow.calls or flow is newcomer), key=length)
+        flows = [flow for level in self._levels.values() for flow in level.waiting]
+        return max([newcomer, *flows], key=length)
 
-    def _forget(self, name: str) -> None:
-        """Drop what is known of a tenant that is at rest and owes nothing, when they are many."""
-        tenant = self._tenants[name]
-        if len(self._tenants) <= _MAX_IDLE_FLOWS or tenant.running or tenant.queued:
-            return
-        flows = [level.flows.get(name) for level in self._levels.values()]
-        if all(flow is None or flow.tag <= flow.level.now for flow in flows):
+    def _rests(self, name: str) -> None:
+        """Note a tenant that has nothing; where they are many, drop those that owe nothing."""
+        if self._tenants[name].rests:
+            self._resting[name] = None
+        # Two for each that is noted: they become fewer, at a price that does not grow.
+        for _ in range(min(2, len(self._tenants) - _MAX_IDLE_FLOWS, len(self._resting))):
+            oldest, _ = self._resting.popitem(last=False)
+            if not self._tenants[oldest].rests:
+                continue
+            flows = [level.flows.get(oldest) for level in self._levels.values()]
+            if any(flow is not None and flow.tag > flow.level.now for flow in flows):
+                self._resting[oldest] = None
+                continue
             for level in self._levels.values():
-                level.flows.pop(name, None)
-            del self._tenants[name]
+                level.flows.pop(oldest, None)
+            del self._tenants[oldest]

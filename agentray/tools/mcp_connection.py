@@ -34,6 +34,7 @@ _MOST_PAGES = 50
 _PROBE_S = 5.0
 _LEAST_BETWEEN_LISTS_S = 1.0
 _MOST_MESSAGE = 2_000
+_MOST_PLACE = 100
 # What a server's error means; all others say that the server, or the way to it, failed.
 _REASONS = {types.INVALID_PARAMS: "invalid", types.METHOD_NOT_FOUND: "invalid"}
 _ENDED = ("Connection closed", "Session terminated")
@@ -156,7 +157,8 @@ class Connection:
 
     async def _probe(self) -> None:
         try:
-            async with asyncio.timeout(_PROBE_S):
+            # Who waits for calls no longer than that does not wait longer for a sign of life.
+            async with asyncio.timeout(max(1.0, min(_PROBE_S, self._settings.timeout_s))):
                 if self._client is not None:
                     await self._client.session.list_tools()
         except (TimeoutError, MCPError, ValidationError):
@@ -195,7 +197,13 @@ class Connection:
         cursor: str | None = None
         for _ in range(_MOST_PAGES):
             params = types.PaginatedRequestParams(cursor=cursor) if cursor else None
-            page = await client.session.list_tools(params=params)
+            try:
+                page = await client.session.list_tools(params=params)
+            except ValidationError as error:
+                # Where it is wrong, and not with what: that is the server's word.
+                place = ".".join(map(str, error.errors(include_input=False)[0]["loc"]))
+                what = f"its list of tools is not valid at {place[:_MOST_PLACE]}"
+                raise ToolError(what, reason="upstream") from None
             found.extend(map(_listed, page.tools))
             cursor = page.next_cursor
             if not cursor or len(found) > 4 * self._settings.max_tools:

@@ -89,8 +89,7 @@ async def stdio(
     finally:
         receive.close()
         send.close()
-        with anyio.CancelScope(shield=True):
-            await _leave(started)
+        await _finished(asyncio.create_task(_leave(started), name="mcp-leave"))
 
 
 async def _leave(started: Started) -> None:
@@ -99,6 +98,18 @@ async def _leave(started: Started) -> None:
         async with asyncio.timeout(_LEAVE_S):
             await started.wait()
     await started.kill()
+
+
+async def _finished(task: asyncio.Task[None]) -> None:
+    """Wait for a task to the end, whoever cancels meanwhile: a program must not stay behind."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _read(

@@ -55,6 +55,7 @@ class Roster:
         self._expected = set(expected)
         self._settles_at = now + settle_s
         self._dead: OrderedDict[str, None] = OrderedDict()
+        self._kept: dict[str, WorkerState] = {}
 
     def settled(self, now: float) -> bool:
         """Whether it is known what runs at the workers that were there before."""
@@ -79,11 +80,29 @@ class Roster:
         return before
 
     def died(self, worker: WorkerState) -> None:
-        """Strike a worker off."""
+        """Strike a worker off, and the results that it kept."""
+        self.forget(worker, worker.kept)
         del self.workers[worker.id]
         self._dead[worker.id] = None
         if len(self._dead) > _MAX_DEAD:
             self._dead.popitem(last=False)
+
+    def keep(self, worker: WorkerState, keys: Iterable[str]) -> None:
+        """A worker keeps the results of these calls."""
+        for key in keys:
+            self._kept[key] = worker
+            worker.kept.add(key)
+
+    def forget(self, worker: WorkerState, keys: Iterable[str]) -> None:
+        """A worker keeps these results no longer."""
+        for key in list(keys):
+            worker.kept.discard(key)
+            if self._kept.get(key) is worker:
+                del self._kept[key]
+
+    def keeper(self, key: str) -> WorkerState | None:
+        """Return the worker that keeps the result of a call."""
+        return self._kept.get(key)
 
     def lost(self, worker: WorkerState, now: float) -> None:
         """A worker's connection broke."""

@@ -38,7 +38,7 @@ def open_database(name: str, settings: SqlSettings) -> Database:
 
 
 class SqlTools:
-    """A tool for each configured database, named ``sql__<name>``: ``sql.*`` is all of them.
+    """A tool for each configured database, named ``sql_<name>``.
 
     Databases are connected to by the first call. ``open_`` makes them, for tests.
     """
@@ -67,7 +67,7 @@ class SqlTools:
             return await _answer(database, arguments)
 
         return ToolSpec(
-            name="sql__" + _UNFIT.sub("_", name),
+            name="sql_" + _UNFIT.sub("_", name),
             description=_description(name, settings, database),
             parameters=_parameters(database.placeholder),
             run=run,

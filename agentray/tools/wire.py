@@ -30,6 +30,20 @@ _HELLO_S = 10.0
 # What a peer does not take is kept for it up to this.
 _MAX_UNSENT = 256 * 1024 * 1024
 
+# A machine that vanished says nothing: asked after 5 s, it is given up after 15.
+_SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (
+            *(("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3)),
+            ("TCP_USER_TIMEOUT", 15_000),
+        )
+        if hasattr(socket, name)
+    ),
+]
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
@@ -97,7 +111,8 @@ class Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         sock: socket.socket | None = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for level, name, value in _SOCKET_OPTIONS:
+                sock.setsockopt(level, name, value)
         if self._hello is not None:
             self.send(self._hello)
         else:
@@ -171,4 +186,7 @@ async def connect(
     make: Callable[[], Link] = lambda: Link(listener, token="", hello=Hello(token, name))  # noqa: E731
     async with asyncio.timeout(timeout_s):
         _, link = await loop.create_connection(make, host, port)
+    if not link.is_open:
+        # Its end was told before anybody could know of it.
+        raise ConnectionResetError(f"{host}:{port} closed the connection at once")
     return link

@@ -156,6 +156,9 @@ class Workplace:
         if job is not None:
             if run.ask.epoch >= job.epoch and not job.killed:
                 job.link, job.epoch = link, run.ask.epoch
+            else:
+                # Nobody but who asked before is told of its end: this one has to ask again.
+                link.send(Unknown(key))
             self._unused(run.lease, job.lease)
         elif (kept := self._results.get(key)) is not None:
             link.send(Done(key, kept.result, kept.wall_s))
@@ -185,10 +188,14 @@ class Workplace:
     def _revoke(self, lease: int) -> None:
         if any(job.lease == lease for job in self._jobs.values()):
             return
+        self._end_lease(lease)
+        self._tell(Revoked(lease))
+
+    def _end_lease(self, lease: int) -> None:
+        """Let nothing begin with a lease any more."""
         self._void[lease] = None
         if len(self._void) > _MAX_VOID:
             self._void.popitem(last=False)
-        self._tell(Revoked(lease))
 
     def _begin_anew(self) -> None:
         """The scheduler took us for dead, and our calls run elsewhere or are given up."""
@@ -198,6 +205,9 @@ class Workplace:
             if job.task is not None:
                 job.task.cancel()
         self._results.clear()
+        for link in list(self._links):
+            # Who waits for them asks the scheduler; the calls' ends here count no more.
+            link.abort()
         self._id = self._new_id()
         if self._scheduler is not None:
             self._scheduler.close()
@@ -226,6 +236,7 @@ class Workplace:
         else:
             result, wall_s = task.result()
         del self._jobs[key]
+        self._end_lease(job.lease)
         dropped = [] if killed else self._results.keep(key, Kept(result, wall_s, now))
         job.link.send(Done(key, result, wall_s))
         if dropped:

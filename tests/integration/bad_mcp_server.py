@@ -84,8 +84,9 @@ def main(name: str) -> None:
             {**TOOL, "name": "a" * 100},
             {**TOOL, "name": "a" * 99},
             {**TOOL, "name": "wild", "inputSchema": {"type": "object", "$ref": "http://x/y"}},
-            {**TOOL, "name": "text", "inputSchema": {"type": "string"}},
         ]
+    if name == "list":
+        tools.append({**TOOL, "name": "text", "inputSchema": {"type": "string"}})
     for request in requests():
         if request["method"] == "tools/call":
             called(name, request)

@@ -85,8 +85,11 @@ async def start() -> AsyncIterator[Start]:
     yield make
     for servers in made:
         await servers.all.close()
-        for pid in servers.launcher.pids:
-            assert not Path(f"/proc/{pid}").exists(), "a server outlived its session"
+        assert not any(map(runs, servers.launcher.pids)), "a server outlived its session"
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def real(start: Start, **settings: Any) -> Servers:
@@ -235,7 +238,7 @@ async def test_a_request_of_the_server_is_refused(start: Start) -> None:
 async def test_a_server_that_sends_what_it_may_not_fails_its_call_alone(
     start: Start, name: str
 ) -> None:
-    servers, other = bad(start, name), real(start)
+    servers, other = bad(start, name, timeout_s=2.0), real(start)
     await other.call("add", a=1, b=2)
     call = asyncio.ensure_future(servers.error("go"))
     worst = 0.0
@@ -266,7 +269,7 @@ async def test_a_server_that_hangs_is_replaced(start: Start) -> None:
     [pid] = servers.launcher.pids
 
     async def ended() -> bool:
-        return not Path(f"/proc/{pid}").exists()
+        return not runs(pid)
 
     await until(ended, "the hung server is ended")
 
@@ -288,6 +291,16 @@ async def test_names_are_fit_for_models_and_unusable_tools_are_left_out(start: S
     assert all(len(name) <= 64 and name.replace("-", "_").isidentifier() for name in names)
     assert names[0].startswith("it__files_read_file_")
     assert await servers.call(names[0].removeprefix("it__")) == "went"
+
+
+async def test_a_list_of_tools_against_the_protocol_is_logged_with_its_place(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    servers = bad(start, "list")
+    await servers.all.start()
+    assert servers.names() == []
+    [record] = [one for one in caplog.records if one.getMessage() == "mcp_server_failed"]
+    assert "tools.1.inputSchema.type" in str(vars(record))
 
 
 async def test_pages_of_tools_come_to_an_end(start: Start) -> None:

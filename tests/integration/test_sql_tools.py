@@ -200,12 +200,15 @@ async def test_bytes_past_the_cap_are_left_on_the_server(sql: Open) -> None:
 )
 async def test_a_huge_answer_does_not_come_into_memory(sql: Open, statement: str) -> None:
     shop = sql(max_bytes=2_000_000 if "generate" in statement else 1_000)
+    await shop("SELECT 1")
+    # From here on: what other tests took is not of this one.
+    await asyncio.to_thread(Path("/proc/self/clear_refs").write_text, "5")
     before = peak_kib()
     try:
-        found = await shop(statement)
-        assert found["truncated"] is True
+        reason = "" if (await shop(statement))["truncated"] else "not truncated"
     except ToolError as error:
-        assert error.fields["reason"] == "output"
+        reason = error.fields["reason"]
+    assert reason in ("", "output")
     assert peak_kib() - before < 130_000
     assert (await shop("SELECT 1"))["rows"] == [[1]]
 
@@ -429,7 +432,7 @@ async def test_calls_wait_for_a_connection_and_not_for_ever(sql: Open) -> None:
 
 
 async def test_a_server_that_restarted_is_found_again(services: Services, sql: Open) -> None:
-    shop = sql()
+    shop = sql(connect_timeout_s=2)
     await shop("SELECT 1")
     await services.aside(services.postgres.stop(hurry=True))
     assert (await shop.error("SELECT 1")).fields["reason"] == "upstream"

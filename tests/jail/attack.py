@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import msgspec
 
+from agentray.tools.sandbox import cgroups
 from agentray.tools.sandbox.base import Limits, Outcome, Program, PythonCode, Reason, ShellScript
 
-__all__ = ["MODE", "Attack", "Mode", "WORKED", "python_program", "said"]
+__all__ = ["COUNTED", "MODE", "WORKED", "Attack", "Mode", "python_program", "said"]
 
 Mode = Literal["root", "unprivileged"]
 MODE: Mode = "root" if os.getuid() == 0 else "unprivileged"
+
+COUNTED = "memory" in cgroups.find().folders
+"""Whether a cgroup counts memory: to the byte, in the kernel's buffers too, and at once."""
 
 WORKED = b"ATTACK worked"
 REFUSED = b"ATTACK refused"
@@ -55,6 +59,10 @@ def reaches_kernel(number, *arguments):
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             raise
+
+def mark():
+    """Take the name that the harness looks for among all processes of the machine."""
+    libc.prctl(15, facts["mark"].encode(), 0, 0, 0)
 
 def say(text):
     os.write(1, ("ATTACK " + text + "\\n").encode(errors="replace"))

@@ -19,8 +19,8 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with set_scene(tmp_path_factory.mktemp("scene")) as found:
+def scene() -> Iterator[Scene]:
+    with set_scene() as found:
         yield found
 
 

@@ -10,7 +10,7 @@ from tests.jail.exhaustion import limits
 
 __all__ = ["ENDINGS"]
 
-SOON = limits(wall_s=1.0)
+SOON = limits(wall_s=0.7)
 
 
 def ended(
@@ -184,7 +184,8 @@ DEADLINES = (
     at_deadline("a program that stops itself", "os.kill(os.getpid(), signal.SIGSTOP)"),
     at_deadline(
         "a program that stops all that it can reach",
-        "if os.fork() == 0:\n    time.sleep(15)\nos.kill(-1, signal.SIGSTOP)\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(15)",
+        "if os.fork() == 0:\n    time.sleep(15)\n"
+        "os.kill(-1, signal.SIGSTOP)\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(15)",
     ),
     at_deadline(
         "a tree of processes in sessions of their own",
@@ -201,8 +202,7 @@ LEFT_BEHIND = (
     Attack(
         name="a daemon, forked twice",
         body="""
-        with open("/proc/self/comm", "w") as comm:
-            comm.write(facts["mark"])
+        mark()
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
@@ -217,6 +217,7 @@ LEFT_BEHIND = (
     Attack(
         name="a child that holds the pipe",
         body="""
+        mark()
         if os.fork() == 0:
             os.setsid()
             time.sleep(15)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentray.tools.sandbox.base import Limits, Outcome
-from tests.jail.attack import BRIEF, Attack, said
+from tests.jail.attack import BRIEF, COUNTED, Attack, said
 
 __all__ = ["EXHAUSTION"]
 
@@ -19,8 +19,13 @@ SMALL = limits(memory_bytes=96 * MIB)
 """Twice and a half this is what a memory bomb takes."""
 
 
+# What is in no process and in no file system only a cgroup counts: without, there is one layer.
+_UNSEEN = frozenset({"memory", "seccomp"} if COUNTED else {"seccomp"})
+
+
 def _within_memory(outcome: Outcome) -> None:
-    assert outcome.usage.memory_bytes < 160 * MIB, said(outcome)
+    # Between two looks of the watchdog there can be more, on a busy machine much more.
+    assert outcome.usage.memory_bytes < 160 * MIB or not COUNTED, said(outcome)
     assert outcome.reason != "ok" or b"refused" in outcome.stdout, said(outcome)
 
 
@@ -75,6 +80,8 @@ PROCESSES = (
         name="bomb of threads",
         body="""
         stop = threading.Event()
+        # Small: it is not by their memory that they are to be stopped.
+        threading.stack_size(64 * 1024)
         threads = []
         try:
             for _ in range(60):
@@ -139,7 +146,7 @@ MEMORY = (
             if child == 0:
                 block = b"x" * (40 << 20)
                 os.write(ready_w, b"x")
-                time.sleep(1.0)
+                time.sleep(0.5)
                 os._exit(0)
             children.append(child)
         ends = [os.waitpid(child, 0)[1] for child in children]
@@ -163,7 +170,25 @@ MEMORY = (
         limits=SMALL,
         ends=("ok", "memory"),
         check=_within_memory,
-        off=frozenset({"memory", "seccomp"}),
+        off=_UNSEEN,
+    ),
+    Attack(
+        name="memory bomb of a process that hides",
+        body="""
+        libc.prctl(4, 0, 0, 0, 0)
+        blocks = []
+        for _ in range(6):
+            if os.fork() == 0:
+                block = b"x" * (40 << 20)
+                time.sleep(0.5)
+                os._exit(0)
+        if any(os.wait()[1] for _ in range(6)):
+            raise Refused("not all came to their end")
+        """,
+        limits=SMALL,
+        ends=("ok", "memory"),
+        check=_within_memory,
+        off=frozenset({"memory"}),
     ),
     Attack(
         name="memory bomb in detached System V segments",
@@ -182,7 +207,7 @@ MEMORY = (
         limits=SMALL,
         ends=("ok", "memory"),
         check=_within_memory,
-        off=frozenset({"memory", "seccomp"}),
+        off=_UNSEEN,
     ),
     Attack(
         name="memory bomb in every place that can be written",
@@ -197,6 +222,17 @@ MEMORY = (
                 pass
         if written <= 34 << 20:
             raise Refused("%d bytes" % written)
+        """,
+        ends=("ok", "memory", "scratch"),
+        off=frozenset({"scratch_size"}),
+    ),
+    Attack(
+        name="memory bomb in /dev/shm",
+        body="""
+        for name in range(10):
+            with open("/dev/shm/block%d" % name, "wb", buffering=0) as file:
+                if file.write(b"x" * (4 << 20)) != 4 << 20:
+                    raise Refused("a short write")
         """,
         ends=("ok", "memory", "scratch"),
         off=frozenset({"scratch_size"}),
@@ -293,6 +329,29 @@ PROCESSORS = (
         off=frozenset({"cpu"}),
     ),
     Attack(
+        name="spinning processor in children that nobody waits for",
+        body="""
+        # Who ignores this is told of no child's end, and counts none of its time.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                until = time.process_time() + 0.06
+                while time.process_time() < until:
+                    pass
+                os._exit(0)
+            try:
+                os.waitpid(child, 0)
+            except ChildProcessError:
+                pass
+        """,
+        limits=SPIN,
+        ends=("cpu",),
+        check=_within_cpu,
+        within_s=20.0,
+        off=frozenset({"cpu"}),
+    ),
+    Attack(
         name="spinning processor with the limit's signal ignored",
         body="""
         signal.signal(signal.SIGXCPU, signal.SIG_IGN)
@@ -319,7 +378,18 @@ PROCESSORS = (
     ),
     Attack(
         name="realtime priority",
-        body="os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
+        body="""
+        # Cgroups of version 1 have no time for the first; the second asks for 0.1 ms in 100.
+        deadline = struct.pack("=IIQiIQQQ", 48, 6, 0, 0, 0, 100_000, 100_000_000, 100_000_000)
+        for attempt in (lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+                        lambda: call(314, 0, deadline, 0)):
+            try:
+                attempt()
+            except OSError:
+                continue
+            return
+        raise Refused("neither")
+        """,
         off=frozenset({"seccomp", "capabilities"}),
         control_only="root",
         why="the capability of a user namespace does not reach the machine's scheduler",
@@ -327,6 +397,9 @@ PROCESSORS = (
     Attack(
         name="a better place in the queue of the processor",
         body="os.setpriority(os.PRIO_PROCESS, 0, -10)",
+        off=frozenset({"capabilities"}),
+        control_only="root",
+        why="the capability of a user namespace does not reach the machine's scheduler",
     ),
 )
 
@@ -351,6 +424,36 @@ DESCRIPTORS = (
 def _no_scratch_left(outcome: Outcome) -> None:
     assert len(outcome.scratch or b"") <= BRIEF.scratch_bytes + 4 * MIB, said(outcome)
 
+
+KERNEL_OBJECTS = (
+    Attack(
+        name="signals queued without end",
+        body="""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+        information = struct.pack("iiiiii104x", signal.SIGRTMIN, 0, -1, 0, os.getpid(), os.getuid())
+        for _ in range(2000):
+            call(129, os.getpid(), int(signal.SIGRTMIN), information)
+        """,
+    ),
+    Attack(
+        name="timers without end",
+        body="""
+        for _ in range(2000):
+            timer = ctypes.c_int()
+            call(222, 1, None, ctypes.byref(timer))
+        """,
+    ),
+    Attack(
+        name="watchers of files, of which the machine has few",
+        body="held = [call(294, 0) for _ in range(3)]",
+        off=frozenset({"seccomp"}),
+    ),
+    Attack(
+        name="the machine's disks, flushed",
+        body="call(162)",
+        off=frozenset({"seccomp"}),
+    ),
+)
 
 DISK = (
     Attack(
@@ -450,4 +553,12 @@ OUTPUT = (
     ),
 )
 
-EXHAUSTION = (*PROCESSES, *MEMORY, *PROCESSORS, *DESCRIPTORS, *DISK, *OUTPUT)
+EXHAUSTION = (
+    *PROCESSES,
+    *MEMORY,
+    *PROCESSORS,
+    *DESCRIPTORS,
+    *KERNEL_OBJECTS,
+    *DISK,
+    *OUTPUT,
+)

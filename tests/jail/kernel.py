@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.jail.attack import Attack
 from tests.jail.looking import none
 
@@ -9,6 +11,12 @@ __all__ = ["KERNEL"]
 
 # An argument that no call can take: a filter refuses before the kernel looks at it.
 BAD = -4096
+
+
+def _bpf_is_for_all() -> bool:
+    """Return whether the machine lets everybody use bpf; else it needs a capability."""
+    setting = Path("/proc/sys/kernel/unprivileged_bpf_disabled")
+    return setting.exists() and setting.read_text().strip() == "0"
 
 
 def raw(name: str, number: int, *arguments: int, control: bool = False) -> Attack:
@@ -195,7 +203,7 @@ PRIVILEGES = (
             return
         raise Refused("in no way")
         """,
-        off=none("seccomp", "capabilities"),
+        off=none("capabilities"),
         control_only="root",
         why="an unprivileged user's namespace knows no root",
     ),
@@ -318,7 +326,14 @@ CALLS = (
         """,
         ends=("ok", "signal"),
     ),
-    raw("bpf", 321, 0, BAD, 8),
+    Attack(
+        name="bpf",
+        body="reaches_kernel(321, 0, -4096, 8)",
+        ends=("ok", "signal"),
+        off=none("seccomp") if _bpf_is_for_all() else none("seccomp", "capabilities"),
+        control_only="root",
+        why="the kernel refuses it to all but root",
+    ),
     raw("io_uring", 425, 4, BAD, control=True),
     raw("keyctl", 250, 0, -3, 0, control=True),
     raw("add_key", 248, BAD, BAD, BAD, 1, -3, control=True),

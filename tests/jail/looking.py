@@ -16,15 +16,27 @@ FILES = (
     Attack(name="reading /etc/shadow", body="open('/etc/shadow').read()"),
     Attack(
         name="reading the repository",
-        body="open(facts['repository_file']).read()",
+        body="""
+        # Its own files, and such as everybody may read.
+        for path in facts["repository_files"]:
+            try:
+                open(path).close()
+            except OSError:
+                continue
+            return
+        raise Refused("none of them is there")
+        """,
         off=none("root"),
     ),
     Attack(
         name="reading the homes and the caller's files",
         body="""
-        for path in (facts["host_file"], facts["home"], "/root/.ssh", "/root/.bashrc"):
+        # The interpreter may lie in a home, whose folder is there then, and cannot be looked into.
+        for look, path in ((open, facts["host_file"]), (os.listdir, facts["home"]),
+                           (os.listdir, "/root"), (os.stat, "/root/.ssh"),
+                           (os.stat, "/root/.bashrc")):
             try:
-                os.stat(path)
+                look(path)
             except OSError:
                 continue
             return
@@ -123,7 +135,8 @@ FILES = (
         found = []
         paths = ["/proc/sysrq-trigger", "/proc/sys/kernel/core_pattern"]
         for folder, _, files in os.walk("/proc/sys"):
-            paths += [os.path.join(folder, name) for name in files]
+            # Everybody may open this one, and whoever then writes needs a capability.
+            paths += [os.path.join(folder, name) for name in files if name != "ns_last_pid"]
         for path in paths:
             try:
                 os.close(os.open(path, os.O_WRONLY))
@@ -356,6 +369,20 @@ PROCESSES = (
     ),
 )
 
+CORE_DUMPS = (
+    Attack(
+        name="a core dump where the machine hands them to a program",
+        body="""
+        import resource
+        # With a limit of 1 that program is not started, with any other one it is.
+        if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
+            return
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 1))
+        """,
+        off=none("seccomp"),
+    ),
+)
+
 DEVICES = (
     Attack(
         name="devices of the machine",
@@ -380,6 +407,16 @@ DEVICES = (
         name="a device node of its own",
         body="""
         import stat
+        os.mknod("null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        """,
+        off=none("capabilities"),
+        control_only="root",
+        why="only the machine's root may make one, whatever the jail does",
+    ),
+    Attack(
+        name="the machine's memory or a disk by a device node of its own",
+        body="""
+        import stat
         for kind, numbers in ((stat.S_IFCHR, (1, 1)), (stat.S_IFBLK, (254, 0))):
             os.mknod("device", kind | 0o600, os.makedev(*numbers))
             os.close(os.open("device", os.O_RDONLY))
@@ -388,4 +425,4 @@ DEVICES = (
     ),
 )
 
-LOOKING = (*FILES, *SECRETS, *PROCESSES, *DEVICES)
+LOOKING = (*FILES, *SECRETS, *PROCESSES, *CORE_DUMPS, *DEVICES)

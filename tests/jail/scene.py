@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ _PLAIN = (
 )
 
 
+_REPOSITORY_FILE = Path(__file__).resolve().parents[2] / "pyproject.toml"
+
+
 class Scene(msgspec.Struct, frozen=True):
     """``facts`` is what an attack is told. Secrets come in two halves, so that the program that
     looks for one does not hold it."""
@@ -32,17 +37,30 @@ class Scene(msgspec.Struct, frozen=True):
     host_file: Path
 
 
+def _open_to_all(path: Path) -> Path:
+    """Have nothing but the jail keep anybody from it."""
+    path.chmod(0o777 if path.is_socket() else 0o755)
+    return path
+
+
 @contextmanager
-def set_scene(folder: Path) -> Iterator[Scene]:
-    """Put up what is there to be found."""
+def set_scene() -> Iterator[Scene]:
+    """Put up what is there to be found, where everybody may go."""
     first, second = secrets.token_hex(12), secrets.token_hex(12)
-    host_file = folder / "of-the-host"
-    host_file.write_text(first + second)
     with ExitStack() as stack:
+        folder = _open_to_all(Path(tempfile.mkdtemp(prefix="agentray-scene-")))
+        stack.callback(shutil.rmtree, folder)
+        host_file = folder / "of-the-host"
+        host_file.write_text(first + second)
+        of_repository = folder / "pyproject.toml"
+        shutil.copy(_REPOSITORY_FILE, of_repository)
+        for each in (host_file, of_repository):
+            _open_to_all(each)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         unix = stack.enter_context(socket.socket(socket.AF_UNIX))
         unix.bind(str(folder / "socket"))
         unix.listen()
+        _open_to_all(folder / "socket")
         abstract = stack.enter_context(socket.socket(socket.AF_UNIX))
         name = f"agentray-jail-{first}"
         abstract.bind("\0" + name)
@@ -58,7 +76,7 @@ def set_scene(folder: Path) -> Iterator[Scene]:
             "secret_2": second,
             "host_file": str(host_file),
             "home": os.environ.get("HOME", "/root"),
-            "repository_file": str(Path(__file__).resolve().parents[2] / "pyproject.toml"),
+            "repository_files": [str(_REPOSITORY_FILE), str(of_repository)],
             "port": listener.getsockname()[1],
             "unix_path": str(folder / "socket"),
             "abstract": name,

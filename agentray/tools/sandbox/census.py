@@ -21,6 +21,8 @@ _ROUGHLY_BYTES = 32 * 1024 * 1024
 class _Facts(NamedTuple):
     pid: int
     parent: int
+    begun: int
+    own_s: float
     cpu_s: float
     memory_bytes: int
 
@@ -36,11 +38,13 @@ class Census:
         self._scratch = scratch
         self.peak_bytes = 0
         self.cpu_s = 0.0
+        self._own_s: dict[tuple[int, int], float] = {}
+        self._gone_s = 0.0
 
     def count(self) -> tuple[float, int]:
         """Return CPU seconds so far and bytes of memory now, those of the scratch included.
 
-        Of processes that ended and whose parent did not wait for them, nothing is known.
+        Of a process that ended and that nobody waited for, what the last look at it found counts.
         """
         found = list(_all(self._proc))
         scratch = os.fstatvfs(self._scratch)
@@ -49,8 +53,16 @@ class Census:
         if memory > _ROUGHLY_BYTES:
             memory = on_scratch + sum(self._fairly(each) for each in found)
         self.peak_bytes = max(self.peak_bytes, memory)
-        self.cpu_s = max(self.cpu_s, sum(each.cpu_s for each in found))
+        waited_for_s = sum(each.cpu_s for each in found)
+        self.cpu_s = max(self.cpu_s, waited_for_s, self._seen_s(found))
         return self.cpu_s, memory
+
+    def _seen_s(self, found: Iterable[_Facts]) -> float:
+        """Return what each process used as it was last seen, of those that are gone too."""
+        now = {(each.pid, each.begun): each.own_s for each in found}
+        self._gone_s += sum(used for who, used in self._own_s.items() if who not in now)
+        self._own_s = now
+        return self._gone_s + sum(now.values())
 
     def _fairly(self, each: _Facts) -> int:
         """Return a process's memory with each shared page divided by those who share it."""
@@ -77,10 +89,12 @@ def _all(proc: int) -> Iterable[_Facts]:
             fields = _read(proc, f"{name}/stat").rpartition(b")")[2].split()
         except OSError:
             continue
-        # Fields 4, 14 to 17 and 24 of proc(5), whose third is the first here: what it used, and
-        # what those children did that it waited for.
-        cpu_s = sum(int(each) for each in fields[11:15]) / _CLOCK
-        yield _Facts(int(name), int(fields[1]), cpu_s, int(fields[21]) * _PAGE)
+        # Fields 4, 14 to 17, 22 and 24 of proc(5), whose third is the first here: what it used,
+        # and what those children did that it waited for.
+        own_s = (int(fields[11]) + int(fields[12])) / _CLOCK
+        cpu_s = own_s + (int(fields[13]) + int(fields[14])) / _CLOCK
+        memory_bytes = int(fields[21]) * _PAGE
+        yield _Facts(int(name), int(fields[1]), int(fields[19]), own_s, cpu_s, memory_bytes)
 
 
 def end_strays(known: set[int]) -> None:

@@ -12,6 +12,8 @@ __all__ = ["Jail", "begin", "collect", "new_folder", "remove", "trial"]
 
 # What the program comes on; stdin, stdout and stderr are the only others.
 _TASK = 3
+_STATE_BYTES = 4 * 1024 * 1024
+_STATE_FILES = 256
 
 
 class Jail:
@@ -34,6 +36,8 @@ class Jail:
         self.fresh = "scratch_wipe" not in without
         self.attach = kernel.attach(self.place.encode())
         self.owner = {"uid": config["uid"], "gid": config["gid"]}
+        # A folder for what the child itself has to write, if it has to.
+        self.state: str = config.get("state", "")
         self.proc = None
         if proc and "proc_readonly" in without:
             self.proc = kernel.proc_mount(processes_only=False, writable=True)
@@ -64,6 +68,9 @@ class Jail:
         """Mount what is the child's own, in the namespace that it is in."""
         if self.fresh:
             self.attach(scratch)
+        if self.state:
+            state = kernel.Tmpfs(_STATE_BYTES, _STATE_FILES, uid=0, gid=0).make()
+            kernel.attach(self.state.encode())(state)
         if self.proc is not None:
             self.proc()
         elif self.own & kernel.CLONE_NEWPID:
@@ -127,6 +134,9 @@ def begin(jail: Jail, fds: tuple[int, int, int], scratch: int, init: int, folder
             step()
         if jail.isolated and (jail.fresh or not os.access(".tmp", os.F_OK)):
             os.mkdir(".tmp", 0o700)  # noqa: PTH102 - without pathlib, for its time
+            if jail.state:
+                # It is still root, and the program's process will not be.
+                os.chown(".tmp", jail.owner["uid"], jail.owner["gid"])
         # A group of its own, whatever it signals; a session would cost more than all else here.
         os.setpgid(0, 0)
         # What is frozen is not listed by ``gc.get_objects``.

@@ -185,7 +185,7 @@ class JailSlot:
 
     def _limit_memory(self, limits: Limits) -> None:
         if self._cgroup is not None and self._counts_memory and "memory" not in self._without:
-            own_bytes = self._zygote.own_bytes + _OWN_BYTES
+            own_bytes = self._zygote.own_bytes + self._zygote.child_bytes + _OWN_BYTES
             self._cgroup.limit_memory(limits.memory_bytes + own_bytes)
 
     def _prepare(self, child: Child, run: Run) -> None:
@@ -194,9 +194,10 @@ class JailSlot:
         if run.keep_scratch:
             self._zygote.keep(child, limits.scratch_bytes)
         counted = self._cgroup.quotas if self._cgroup is not None else frozenset[str]()
-        if self._tier == "jail" and not {"memory", "cpuacct"} <= counted:
-            cpu_s = math.inf if "cpu" in without else limits.cpu_s
-            self._zygote.watch(child, cpu_s, 0 if "memory" in without else limits.memory_bytes)
+        if self._tier != "process" and not {"memory", "cpuacct"} <= counted:
+            cpu_s = math.inf if "cpu" in without else limits.cpu_s + self._zygote.child_cpu_s
+            memory_bytes = limits.memory_bytes + self._zygote.child_bytes
+            self._zygote.watch(child, cpu_s, 0 if "memory" in without else memory_bytes)
 
     async def _end(self, child: Child) -> None:
         if self._cgroup is not None:
@@ -228,7 +229,7 @@ class JailSlot:
                     child.close()
                     raise
             return child, "parked"
-        start: Start = "warm"
+        start: Start = self._zygote.kind
         if not self._zygote.alive:
             await self._zygote.start()
             start = "cold"
@@ -262,6 +263,9 @@ class JailSlot:
         if self._tier == "jail":
             # Parked children have the same uid; unprivileged, the zygote and the inits as well.
             rlimits["NPROC"] = limits.pids + 2 + 2 * self._wanted
+        elif self._tier == "gvisor":
+            # Its kernel has no other processes.
+            rlimits["NPROC"] = limits.pids
         if not self._counts_memory:
             rlimits["AS"] = limits.memory_bytes
         for name in self._without:

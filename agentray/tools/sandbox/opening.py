@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError
-from agentray.tools.sandbox import cgroups, layout, seccomp
+from agentray.tools.sandbox import cgroups, gvisor, layout, seccomp
 from agentray.tools.sandbox.base import Limits, Slot, Tier
 from agentray.tools.sandbox.jail import JailSlot
 from agentray.tools.sandbox.supervisor import Zygote
@@ -94,7 +94,7 @@ async def open_slot(
                 paths=paths,
                 cpu_share=cpu_share,
             )
-        raise SandboxUnavailableError("no runsc was found on PATH", tier=tier)
+        return await _open_gvisor(ceiling, parked, libraries, paths, cpu_share)
     except SandboxUnavailableError as error:
         weaker = _WEAKER[tier]
         if not (weaker_tier_allowed and weaker):
@@ -195,6 +195,30 @@ async def _open_process(
     return await _open("process", config, ceiling, parked, libraries, cpu_share, None, frozenset())
 
 
+async def _open_gvisor(
+    ceiling: Limits,
+    parked: bool,
+    libraries: Sequence[str],
+    paths: Sequence[str],
+    cpu_share: float,
+) -> JailSlot:
+    if sys.platform != "linux":
+        raise SandboxUnavailableError(f"gVisor is for Linux, and this is {sys.platform}")
+    if not (runsc := gvisor.find_runsc()):
+        raise SandboxUnavailableError(gvisor.ABSENT, tier="gvisor")
+    root = os.geteuid() == 0
+    lease = None
+    if root:
+        try:
+            lease = UidLease()
+        except OSError as error:
+            raise SandboxUnavailableError(f"no uid for the slot: {error}", tier="gvisor") from error
+    uid = _UID_INSIDE if lease is None else lease.uid
+    config = gvisor.config(paths, libraries, runsc=runsc, root=root, uid=uid)
+    without = gvisor.LEFT_TO_RUNSC
+    return await _open("gvisor", config, ceiling, parked, (), cpu_share, lease, without)
+
+
 async def _open(
     tier: Tier,
     config: dict[str, Any],
@@ -205,18 +229,20 @@ async def _open(
     lease: UidLease | None,
     without: frozenset[str],
 ) -> JailSlot:
-    depth = _PARKED if parked else 0
+    depth = (1 if tier == "gvisor" else _PARKED) if parked else 0
     cgroup = cgroups.make(cgroups.find())
     if cgroup is not None:
         # Beside the program: the zygote, and an init each for it and what is parked.
         pids = 1_000_000 if "pids" in without else ceiling.pids + 6 + 2 * depth
+        if tier == "gvisor":
+            pids = gvisor.host_pids(ceiling.pids, sandboxes=1 + depth)
         cgroup.limit(pids=pids, cpu_share=cpu_share)
     config |= {
         "python": layout.interpreter(),
         "libraries": list(libraries),
         "without": sorted(without),
     }
-    zygote = Zygote(config, cgroup, tier)
+    zygote = (gvisor.Runsc if tier == "gvisor" else Zygote)(config, cgroup, tier)
     slot = JailSlot(
         zygote,
         tier=tier,

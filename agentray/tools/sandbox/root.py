@@ -123,7 +123,8 @@ def _own_proc() -> int:
 
 def _furnish(config: dict[str, Any]) -> None:
     at = _AT.decode()
-    for folder in ("/proc", "/dev", "/etc", "/run", "/var", config["place"]):
+    own = ("/proc", "/dev", "/etc", "/run", "/var", config["place"], *config.get("folders", ()))
+    for folder in own:
         os.mkdir(at + folder, 0o755)
     for link, target in config["links"]:
         os.makedirs(os.path.dirname(at + link), 0o755, exist_ok=True)
@@ -161,5 +162,10 @@ def _harden(config: dict[str, Any]) -> None:
     if "no_new_privs" not in config["without"]:
         kernel.no_new_privileges()
     os.umask(0o022)
-    for name in ("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"):
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (0, 0))
+    # Of core dumps 1, not 0: see the filter.
+    most = {"CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "SIGPENDING": 256}
+    for name, value in most.items():
+        number = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(number)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # noqa: PLW2901
+        resource.setrlimit(number, (value, value))

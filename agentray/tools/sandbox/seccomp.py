@@ -36,7 +36,7 @@ _NUMBERS = {
     "rt_sigsuspend": 130, "sigaltstack": 131, "utime": 132, "mknod": 133, "statfs": 137,
     "fstatfs": 138, "getpriority": 140, "setpriority": 141, "sched_getparam": 143,
     "sched_getscheduler": 145, "sched_get_priority_max": 146, "sched_get_priority_min": 147,
-    "mlock": 149, "munlock": 150, "arch_prctl": 158, "setrlimit": 160, "sync": 162,
+    "mlock": 149, "munlock": 150, "arch_prctl": 158,
     "gettid": 186, "readahead": 187, "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193,
     "listxattr": 194, "llistxattr": 195, "flistxattr": 196, "tkill": 200, "time": 201,
     "futex": 202, "sched_setaffinity": 203, "sched_getaffinity": 204, "epoll_create": 213,
@@ -44,7 +44,7 @@ _NUMBERS = {
     "timer_create": 222, "timer_settime": 223, "timer_gettime": 224, "timer_getoverrun": 225,
     "timer_delete": 226, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
     "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "utimes": 235,
-    "waitid": 247, "inotify_init": 253, "inotify_add_watch": 254, "inotify_rm_watch": 255,
+    "waitid": 247,
     "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260, "futimesat": 261,
     "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266,
     "readlinkat": 267, "fchmodat": 268, "faccessat": 269, "pselect6": 270, "ppoll": 271,
@@ -52,7 +52,7 @@ _NUMBERS = {
     "epoll_pwait": 281, "signalfd": 282, "timerfd_create": 283, "eventfd": 284,
     "fallocate": 285, "timerfd_settime": 286, "timerfd_gettime": 287, "accept4": 288,
     "signalfd4": 289, "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293,
-    "inotify_init1": 294, "preadv": 295, "pwritev": 296, "rt_tgsigqueueinfo": 297,
+    "preadv": 295, "pwritev": 296, "rt_tgsigqueueinfo": 297,
     "recvmmsg": 299, "sendmmsg": 307, "getcpu": 309, "sched_getattr": 315,
     "renameat2": 316, "getrandom": 318, "execveat": 322, "membarrier": 324,
     "copy_file_range": 326, "preadv2": 327, "pwritev2": 328, "statx": 332, "rseq": 334,
@@ -65,12 +65,15 @@ ALLOWED = frozenset(_NUMBERS)
 
 # Allowed for some arguments only.
 _IOCTL, _SOCKET, _SOCKETPAIR, _CLONE, _PERSONALITY, _PRCTL = 16, 41, 53, 56, 135, 157
-_PRLIMIT = 302
+_SETRLIMIT, _PRLIMIT = 160, 302
 
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 # All that a clone may not make: a user namespace would give back every capability inside it.
 _CLONE_NEW = 0x7E020000
 _PERSONALITY_QUERY = 0xFFFFFFFF
+# Where the machine hands core dumps to a program, a limit of 0 does not keep it from being started,
+# as root and outside; one of 1 does. So that one, which is set before, is not to be lowered.
+_CORE = 4
 # Set and get: name, death signal, dumpable; get: seccomp, bounding set, timer slack, and
 # no_new_privs, which can only be set; names of memory areas.
 _PRCTLS = (1, 2, 3, 4, 15, 16, 21, 23, 30, 38, 39, 0x53564D41)
@@ -105,7 +108,12 @@ def _special(network: bool) -> list[tuple[int, list[Instruction]]]:
     first: Instruction = (_LOAD, 0, 0, _ARGUMENT)
     second: Instruction = (_LOAD, 0, 0, _ARGUMENT + 8)
     families = (_AF_UNIX, _AF_INET, _AF_INET6) if network else (_AF_UNIX,)
-    clone = [first, (_ANY_BIT, 0, 1, _CLONE_NEW), _refuse(errno.EPERM), _allow]
+    third: tuple[Instruction, ...] = tuple((_LOAD, 0, 0, _ARGUMENT + 16 + n) for n in (0, 4))
+    no = _refuse(errno.EPERM)
+    clone = [first, (_ANY_BIT, 0, 1, _CLONE_NEW), no, _allow]
+    # Its own limits only: those of its init have the same uid. Asked for, they may be all.
+    prlimit = [first, (_EQUAL, 1, 0, 0), no, second, (_EQUAL, 1, 0, _CORE), _allow]
+    prlimit += [step for half in third for step in (half, (_EQUAL, 1, 0, 0), no)]
     return [
         (_IOCTL, [second, *_one_of(_IOCTLS, errno.ENOTTY)]),
         (_SOCKET, [first, *_one_of(families, errno.EAFNOSUPPORT)]),
@@ -113,8 +121,8 @@ def _special(network: bool) -> list[tuple[int, list[Instruction]]]:
         (_CLONE, clone),
         (_PERSONALITY, [first, *_one_of((_PERSONALITY_QUERY,), errno.EPERM)]),
         (_PRCTL, [first, *_one_of(_PRCTLS, errno.EINVAL)]),
-        # Its own limits only: those of its init have the same uid.
-        (_PRLIMIT, [first, *_one_of((0,), errno.EPERM)]),
+        (_SETRLIMIT, [first, (_EQUAL, 0, 1, _CORE), no, _allow]),
+        (_PRLIMIT, [*prlimit, _allow]),
     ]
 
 

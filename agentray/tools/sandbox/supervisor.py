@@ -16,7 +16,7 @@ import msgspec
 
 from agentray.errors import SandboxUnavailableError
 from agentray.tools.sandbox import layout
-from agentray.tools.sandbox.base import Tier
+from agentray.tools.sandbox.base import Start, Tier
 from agentray.tools.sandbox.cgroups import Cgroup
 from agentray.tools.sandbox.pipes import Drain
 
@@ -149,6 +149,12 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 class Zygote:
     """The process that a slot's children are forked from."""
+
+    kind: Start = "warm"
+    """What a run begins from that no child was parked for."""
+    child_cpu_s = 0.0
+    child_bytes = 0
+    """What a child has used itself before its program begins, where all of it is counted."""
 
     def __init__(self, config: dict[str, Any], cgroup: Cgroup | None, tier: Tier) -> None:
         self._config = config

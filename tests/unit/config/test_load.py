@@ -226,7 +226,7 @@ def test_an_override_below_a_mistake_in_the_file_does_not_hide_it(write):
         ),
         (
             "agents: {a: {tools: [echo, web]}}",
-            "agents.a.tools: found the unknown tool 'web'; expected one of echo, sql",
+            "agents.a.tools: found the unknown tool 'web'; expected one of echo, python, shell",
         ),
         ("agents: {}", "agents: found none; expected at least one agent, or no such key at all"),
         (
@@ -250,7 +250,7 @@ def test_an_override_below_a_mistake_in_the_file_does_not_hide_it(write):
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(write, text, problem):
-    assert problems(write(text), tools=["sql", "echo"]) == [f"FILE: {problem}"]
+    assert problems(write(text)) == [f"FILE: {problem}"]
 
 
 def test_the_schema_of_an_agents_answers_is_checked_where_it_can_be(write):

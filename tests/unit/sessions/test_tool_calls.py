@@ -100,7 +100,6 @@ class World:
             tools=TOOLS,
             agents=Agents({"assistant": agent}),
             pool=self.pool,
-            shared=None,
             scratch=self.scratch,
             clock=ManualClock(),
             queue_s=5.0,

@@ -14,7 +14,7 @@ from agentray.tools.code import ceiling, code_tools
 from agentray.tools.runner import Ask
 from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, PythonCode, Run, Tier, Usage
 from agentray.tools.spec import Toolbox, ToolContext, ToolSpec
-from agentray.tools.spec_runner import SpecRunner
+from agentray.tools.spec_runner import Place, SpecRunner
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
@@ -43,10 +43,10 @@ class World:
         tools = code_tools(CodeSettings(output_bytes=100), SandboxSettings())
         self.runner = SpecRunner(Toolbox([*tools, *specs]), self.open)
 
-    async def open(self, tier: Tier) -> PlayedSlot:
-        if tier == "gvisor":
+    async def open(self, place: Place) -> PlayedSlot:
+        if place.tier == "gvisor":
             raise ToolError("There is no gvisor here.", reason="refused")
-        self.slots.append(PlayedSlot(tier))
+        self.slots.append(PlayedSlot(place.tier))
         return self.slots[-1]
 
     async def run(self, tool: str, arguments: Any, **ask: Any) -> Any:
@@ -54,7 +54,7 @@ class World:
         for slot in self.slots:
             slot.outcome = self.outcome
         if not self.slots:
-            await self.runner.prepare("jail")
+            await self.runner.prepare(Place("jail"))
             self.slots[0].outcome = self.outcome
         call = Ask("acme", "s1", 1, ask.pop("key", "k1"), tool, body, **ask)
         return await self.runner.run(call)

@@ -51,6 +51,7 @@ def test_what_programs_live_by_is_allowed(number: int) -> None:
         "unshare": 272, "setns": 308, "perf_event_open": 298, "process_vm_readv": 310,
         "kcmp": 312, "seccomp": 317, "memfd_create": 319, "bpf": 321, "userfaultfd": 323,
         "open_by_handle_at": 304, "iopl": 172, "modify_ldt": 154, "reboot": 169,
+        "sync": 162, "inotify_init": 253, "inotify_init1": 294,
     }.items(),
 )  # fmt: skip
 def test_what_reaches_past_the_jail_is_refused(name: str, number: int) -> None:
@@ -93,6 +94,26 @@ def test_some_calls_depend_on_their_arguments(
     number: int, first: int, second: int, expected: int
 ) -> None:
     assert answer(program(), number, first, second) == expected
+
+
+CORE, NOFILE, POINTER = 4, 7, 0x7F0000000000
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ((160, NOFILE, POINTER), ALLOW),
+        ((160, CORE, POINTER), ERRNO | errno.EPERM),
+        ((302, 0, NOFILE, POINTER), ALLOW),
+        ((302, 0, CORE, POINTER), ERRNO | errno.EPERM),
+        ((302, 0, CORE, 0x1000), ERRNO | errno.EPERM),
+        ((302, 0, CORE, 0, POINTER), ALLOW),
+    ],
+)
+def test_the_limit_of_core_dumps_can_be_asked_for_and_not_be_set(
+    call: tuple[int, ...], expected: int
+) -> None:
+    assert answer(program(), *call) == expected
 
 
 def test_with_the_network_there_are_sockets_of_the_internet_and_no_others() -> None:
