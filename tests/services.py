@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import psycopg
 from redis.asyncio import Redis
@@ -90,6 +91,17 @@ class Services:
                 " batch_lines"
             )
         self.run(self._flush_redis())
+
+    def let_in(self, user: str) -> str:
+        """Have PostgreSQL, which takes its own user alone, take another one too; return the URL."""
+        with psycopg.connect(self.postgres.url, autocommit=True) as connection:
+            row = connection.execute("SHOW hba_file").fetchone()
+            assert row is not None
+            rules = Path(row[0])
+            rules.write_text(f"local all {user} trust\n{rules.read_text()}")
+            connection.execute("SELECT pg_reload_conf()")
+            found = connection.info
+            return f"postgresql://{user}@/{found.dbname}?host={quote(found.host, safe='')}"
 
     async def _flush_redis(self) -> None:
         async with Redis.from_url(self.redis.url) as redis:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agentray.clock import SystemClock
-from agentray.config.settings import BreakerSettings, Settings
+from agentray.config.settings import BreakerSettings, McpSettings, Settings
 from agentray.config.tool_settings import SandboxSettings
 from agentray.errors import SandboxUnavailableError
 from agentray.models.breaker import Breaker
@@ -17,7 +17,7 @@ from agentray.telemetry.logging import get_logger
 from agentray.tools.code import ceiling
 from agentray.tools.listing import listing_tool
 from agentray.tools.mcp import McpServers
-from agentray.tools.mcp_launch import ProcessLauncher
+from agentray.tools.mcp_launch import Launcher, ProcessLauncher
 from agentray.tools.runner import Runner
 from agentray.tools.sandbox.base import Slot
 from agentray.tools.sandbox.launch import JailLauncher
@@ -47,7 +47,7 @@ class WorkerTools:
         box = Toolbox([])
         servers = McpServers(
             settings.mcp,
-            launchers={"jail": JailLauncher(paths=_libraries()), "process": ProcessLauncher()},
+            launchers=_launcher,
             schema_problem=schema_problem,
             changed=lambda specs, instead_of: box.put(specs, instead_of=instead_of),
         )
@@ -113,6 +113,12 @@ class _Last:
 
 def _runs_at(spec: ToolSpec, place: Place) -> bool:
     return spec.program is not None and spec.tier == place.tier and spec.operator == place.operator
+
+
+def _launcher(server: McpSettings) -> Launcher:
+    if server.sandbox == "process":
+        return ProcessLauncher()
+    return JailLauncher(paths=server.paths, network=server.network)
 
 
 def _libraries() -> list[str]:

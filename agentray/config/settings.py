@@ -387,7 +387,7 @@ class SqlSettings(_Section):
 
     url: SecretStr = Field(
         description="postgresql://… through psycopg; all else as SQLAlchemy writes it, "
-        "e.g. sqlite+aiosqlite:///file.db. The user in it should have no more than its due."
+        "e.g. sqlite:///file.db. The user in it should have no more than its due."
     )
     description: str = Field(
         default="", description="What is in it, for the model; tables and columns help."
@@ -415,6 +415,14 @@ class McpSettings(_Section):
     )
     sandbox: Literal["jail", "process"] = Field(
         default="jail", description="Where it runs; process contains nothing."
+    )
+    paths: tuple[str, ...] = Field(
+        default=(),
+        description="Folders that it sees in its jail, read-only, besides the system's: its own "
+        "files, its Python environment.",
+    )
+    network: bool = Field(
+        default=False, description="It has the machine's network; a jail has none otherwise."
     )
     url: str | None = Field(default=None, description="Address that speaks streamable HTTP.")
     headers: dict[str, SecretStr] = Field(

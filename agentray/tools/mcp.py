@@ -24,8 +24,8 @@ Run = Callable[[dict[str, Any], ToolContext], Awaitable[str]]
 Changed = Callable[[list[ToolSpec], tuple[str, ...]], None]
 """Is told a server's tools and the names of those that they take the place of."""
 
-Launchers = Mapping[str, Launcher]
-"""What starts commands, by the `sandbox` that a server's settings ask for."""
+Launchers = Callable[[McpSettings], Launcher | None]
+"""Returns what starts a server's command in the `sandbox` that its settings ask for, if it can."""
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
@@ -263,7 +263,7 @@ def _checked(name: str, settings: McpSettings, launchers: Launchers, *, taken: o
         raise ConfigError(f"{where}: expected a short name of its own, without __ in it")
     if (settings.command is None) == (settings.url is None):
         raise ConfigError(f"{where}: expected either a command or a url")
-    if settings.command is not None and settings.sandbox not in launchers:
+    if settings.command is not None and launchers(settings) is None:
         raise ConfigError(f"{where}: a {settings.sandbox} cannot be had here")
     if settings.url is not None and not settings.url.startswith(("http://", "https://")):
         raise ConfigError(f"{where}.url: expected http:// or https://…")
@@ -275,7 +275,7 @@ def _connector(launchers: Launchers, lookup: Lookup) -> Connect:
         # Costs a second, and is an extra of the package: only for those who have servers.
         from agentray.tools.mcp_connection import Connection
 
-        return Connection(name, settings, launcher=launchers.get(settings.sandbox), lookup=lookup)
+        return Connection(name, settings, launcher=launchers(settings), lookup=lookup)
 
     return connect
 

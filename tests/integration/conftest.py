@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,32 @@ def add_embedder(system: System) -> System:
     return system
 
 
+def add_tools(system: System, services: Services) -> System:
+    """Let a system that has not started yet have an agent with a tool of each kind."""
+    here = Path(__file__).resolve().parent
+    tools = ["echo", "python", "shell", "sql_shop", "models", "greet", "small.*"]
+    libraries = [each for each in sys.path if Path(each).name == "site-packages"]
+    # The first agent is the default.
+    system.settings["agents"] = {"assistant": {}, "tooled": {"tools": tools}}
+    system.settings["tools"] = {
+        "functions": ["tests.integration.operator_tools"],
+        "sql": {"shop": {"url": services.let_in("shopper")}},
+        "http": {"models": {"description": "Lists models.", "url": f"{system.url}/v1/models"}},
+        "gateway": {"allow_private": [system.url]},
+        "mcp": {
+            "small": {
+                "command": "python3",
+                "args": [str(here / "mcp_server.py"), "stdio"],
+                "env": {"PYTHONPATH": os.pathsep.join(libraries)},
+                "paths": [str(here), *libraries],
+            }
+        },
+    }
+    return system
+
+
 @pytest.fixture(scope="package")
-def system() -> Iterator[System]:
+def system(_services: Services) -> Iterator[System]:
     """A whole system; one that runs already if AGENTRAY_TEST_DATA_DIR names its folder."""
     running = os.environ.get("AGENTRAY_TEST_DATA_DIR")
     if running:
@@ -49,7 +74,8 @@ def system() -> Iterator[System]:
         return
     # Not below pytest's own folders: they are kept after the tests, and this is a database.
     folder = Path(tempfile.mkdtemp(prefix="agentray-test-"))
-    system = add_embedder(System(folder / "data", settings=SETTINGS)).start()
+    system = add_embedder(System(folder / "data", settings=SETTINGS))
+    add_tools(system, _services).start()
     try:
         yield system
         system.stop()

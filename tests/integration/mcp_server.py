@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -25,6 +26,28 @@ def add(a: int, b: int) -> int:
 def environment(name: str) -> str:
     """Says a variable of its environment."""
     return os.environ.get(name, "not there")
+
+
+@server.tool()
+def look(path: str) -> str:
+    """Says whether a file is there."""
+    return "there" if Path(path).exists() else "not there"
+
+
+@server.tool()
+def reach(port: int) -> str:
+    """Says whether something listens here."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return "not reached"
+    return "reached"
+
+
+@server.tool()
+def user() -> int:
+    """Says who runs it."""
+    return os.getuid()
 
 
 @server.tool()

@@ -106,9 +106,11 @@ class Place:
                 "gateway": {"allow_private": [origin]} | gateway,
             }
         )
-        made = breaker or Breaker(BreakerSettings())
         box = await open_toolbox(
-            settings, breaker=lambda _: made, clock=SystemClock(), lookup=self.lookup
+            settings,
+            breaker=lambda _: breaker or Breaker(BreakerSettings()),
+            clock=SystemClock(),
+            lookup=self.lookup,
         )
         self.boxes.append(box)
         return SpecRunner(box, _no_slot)
@@ -283,6 +285,16 @@ async def test_a_host_that_keeps_failing_is_left_alone(api: Api, place: Place) -
     found = await call(runner)
     assert "left alone" in found.output
     assert len(api.requests) == 2
+
+
+async def test_a_host_that_fails_for_one_tenant_is_open_to_others(api: Api, place: Place) -> None:
+    api.handler = answers(500)
+    runner = await place.open(requests_per_s=1_000, burst=1_000)
+    tries = 0
+    while "left alone" not in (await call(runner)).output:
+        tries += 1
+        assert tries < 100, "the breaker does not open"
+    assert "HTTP 500" in (await call(runner, tenant="other")).output
 
 
 async def test_a_host_that_hangs_counts_as_failing(api: Api, place: Place) -> None:

@@ -17,8 +17,10 @@ import pytest
 from agentray.config.settings import McpSettings
 from agentray.errors import ToolError
 from agentray.models.checks import schema_problem
+from agentray.tools.egress import Lookup, look_up
 from agentray.tools.mcp import McpServers
-from agentray.tools.mcp_launch import ProcessLauncher, Started
+from agentray.tools.mcp_launch import Launcher, ProcessLauncher, Started
+from agentray.tools.sandbox.launch import JailLauncher
 from agentray.tools.spec import ToolContext, ToolSpec
 from tests.services import until
 
@@ -26,7 +28,7 @@ HERE = Path(__file__).parent
 CONTEXT = ToolContext("acme", "s1", "k1")
 
 
-class Launcher(ProcessLauncher):
+class Plain(ProcessLauncher):
     """Plain processes, whose ids tests want to know."""
 
     def __init__(self) -> None:
@@ -41,15 +43,21 @@ class Launcher(ProcessLauncher):
 class Servers:
     """One server named ``it``, and what was heard of its tools."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.launcher = Launcher()
+    def __init__(self, settings: dict[str, Any], lookup: Lookup = look_up) -> None:
+        self.launcher = Plain()
         self.heard: list[tuple[list[str], tuple[str, ...]]] = []
         self.all = McpServers(
             {"it": McpSettings.model_validate(settings)},
-            launchers={"process": self.launcher},
+            launchers=self._launcher,
             schema_problem=schema_problem,
             changed=self._changed,
+            lookup=lookup,
         )
+
+    def _launcher(self, asked: McpSettings) -> Launcher:
+        if asked.sandbox == "process":
+            return self.launcher
+        return JailLauncher(paths=asked.paths, network=asked.network)
 
     def _changed(self, specs: list[ToolSpec], instead_of: tuple[str, ...]) -> None:
         self.heard.append(([spec.name for spec in specs], instead_of))
@@ -226,6 +234,40 @@ async def test_calls_wait_for_each_other_where_the_server_takes_few(
     assert await second == "slept"
 
 
+def jailed(start: Start, **settings: Any) -> Servers:
+    paths = (sys.prefix, str(HERE))
+    return real(start, sandbox="jail", **{"paths": paths, "timeout_s": 20, **settings})
+
+
+async def test_a_jailed_server_sees_its_paths_alone_and_is_started_again(
+    start: Start, tmp_path: Path
+) -> None:
+    servers = jailed(start, env={"TOKEN": "t0ken"})
+    await servers.all.start()
+    assert "add" in servers.names()
+    assert await servers.call("add", a=1, b=2) == "3"
+    assert await servers.call("environment", name="TOKEN") == "t0ken"
+    assert await servers.call("look", path=str(HERE / "mcp_server.py")) == "there"
+    for hidden in (HERE.parent / "services.py", tmp_path, Path("/etc/shadow")):
+        assert await asyncio.to_thread(hidden.exists)
+        assert await servers.call("look", path=str(hidden)) == "not there"
+    assert await servers.call("user") != "0"
+    assert (await servers.error("die")).fields["reason"] == "upstream"
+    assert await servers.call("add", a=2, b=2) == "4"
+
+
+async def test_a_jailed_server_reaches_the_network_only_where_that_is_said(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert await jailed(start).call("reach", port=port) == "not reached"
+        assert await jailed(start, network=True).call("reach", port=port) == "reached"
+
+
+async def test_a_jailed_server_whose_paths_are_not_there_fails_its_calls(start: Start) -> None:
+    servers = jailed(start, paths=("/nowhere/at-all",), start_timeout_s=5)
+    assert (await servers.error("add", a=1, b=2)).fields["reason"] == "upstream"
+
+
 async def test_garbage_on_standard_output_is_passed_over(start: Start) -> None:
     assert await bad(start, "garbage").call("go") == "went"
 
@@ -338,8 +380,8 @@ async def remote(address: str) -> AsyncIterator[Callable[..., Servers]]:
     """What makes a connection to the real server, not connected yet."""
     made: list[Servers] = []
 
-    def make(url: str = address, **settings: Any) -> Servers:
-        made.append(Servers({"url": url, "private": True, **settings}))
+    def make(url: str = address, lookup: Lookup = look_up, **settings: Any) -> Servers:
+        made.append(Servers({"url": url, "private": True, **settings}, lookup))
         return made[-1]
 
     yield make
@@ -378,6 +420,17 @@ async def test_a_private_address_is_refused_unless_it_is_configured(
     assert (await servers.error("add", a=1, b=2)).fields["reason"] == "upstream"
     metadata = remote("http://169.254.169.254/mcp")
     assert (await metadata.error("add", a=1, b=2)).fields["reason"] == "upstream"
+
+
+async def test_a_name_with_an_address_that_leads_nowhere_is_tried_at_the_next(
+    remote: Start, address: str
+) -> None:
+    async def lookup(host: str, port: int) -> list[str]:
+        assert host == "localhost"
+        return ["::1", "127.0.0.1"]
+
+    servers = remote(address.replace("127.0.0.1", "localhost"), lookup=lookup)
+    assert await servers.call("add", a=1, b=2) == "3"
 
 
 async def test_a_server_that_is_not_there_fails_its_calls(remote: Start) -> None:

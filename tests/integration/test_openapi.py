@@ -50,7 +50,9 @@ class Seeds:
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
         self.session = Session.make(http)
-        self.turn_id = self.session.turn(script("{tool_results}", tools=[echo("a")]))["id"]
+        write = {"name": "python", "arguments": {"code": "open('kept', 'w').write('x')"}}
+        said = script("{tool_results}", tools=[echo("a"), write])
+        self.turn_id = self.session.turn(said)["id"]
         self.conversation = http.post("/v1/conversations", json={}).json()["id"]
         body = {"input": "hi", "conversation": self.conversation}
         self.response = http.post("/v1/responses", json=body).json()
@@ -170,6 +172,8 @@ def test_no_request_breaks_it(
         if case.path_parameters:
             case.path_parameters = {**case.path_parameters, **_named(case, seeds, operation)}
         case.body = seeds.body(operation, case.body)
+        if operation == "read_session_file":
+            case.query = {"path": "kept"}
     response = case.call_and_validate(
         base_url=system.url, session=connection, checks=CHECKS, timeout=20
     )

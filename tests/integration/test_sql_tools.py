@@ -60,23 +60,13 @@ class Sql:
         return caught.value
 
 
-def let_in(services: Services) -> None:
-    """Have the embedded server, which takes its own user alone, take the tools' user too."""
-    with psycopg.connect(services.postgres.url, autocommit=True) as connection:
-        row = connection.execute("SHOW hba_file").fetchone()
-        assert row is not None
-        rules = Path(row[0])
-        rules.write_text(f"local all sql_login trust\n{rules.read_text()}")
-        connection.execute("SELECT pg_reload_conf()")
-
-
 @pytest.fixture(scope="session")
 def _users(_services: Services) -> None:
     with psycopg.connect(_services.postgres.url, autocommit=True) as connection:
         for user, kind in (("sql_login", "LOGIN"), ("sql_reader", "NOLOGIN")):
             connection.execute(f"CREATE ROLE {user} {kind}".encode())
         connection.execute("GRANT sql_reader TO sql_login")
-    let_in(_services)
+    _services.let_in("sql_login")
 
 
 @pytest.fixture
@@ -437,7 +427,7 @@ async def test_a_server_that_restarted_is_found_again(services: Services, sql: O
     await services.aside(services.postgres.stop(hurry=True))
     assert (await shop.error("SELECT 1")).fields["reason"] == "upstream"
     await services.aside(services.postgres.start())
-    let_in(services)
+    services.let_in("sql_login")
     assert (await shop("SELECT 1"))["rows"] == [[1]]
 
 
