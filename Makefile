@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 TESTS := tests/unit tests/contract tests/integration
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help up test test-nightly test-faults test-vllm check format bench docs clean
+.PHONY: help up test test-jail test-nightly test-faults test-vllm check format bench docs clean
 
 help: ## Show what there is.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -26,6 +26,11 @@ up: $(VENV)/.installed ## Install what is missing, start agentray and say what t
 
 test: $(VENV)/.installed-dev ## Run the tests of all parts and of the whole (10 minutes).
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+# The cache of results stays off: the repository is not the second user's.
+test-jail: $(VENV)/.installed-dev ## Attack the jail, as root and without rights.
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m pytest tests/jail $(ARGS); fi
+	$(BIN)/python -m tests.jail.unprivileged -m pytest -p no:cacheprovider tests/jail $(ARGS)
 
 test-nightly: $(VENV)/.installed-dev ## Run the long tests.
 	$(BIN)/python -m pytest $(TESTS) -m nightly --hypothesis-profile=nightly $(ARGS)
@@ -54,6 +59,8 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks; tables here, figures in ben
 	$(BIN)/python -m benchmarks.sessions --json benchmarks/results/sessions.json $(ARGS)
 	$(BIN)/python -m benchmarks.router --json benchmarks/results/router.json $(ARGS)
 	$(BIN)/python -m benchmarks.failover --json benchmarks/results/failover.json $(ARGS)
+	$(BIN)/python -m benchmarks.tools --json benchmarks/results/tools.json $(ARGS)
+	$(BIN)/python -m benchmarks.fairness --json benchmarks/results/fairness.json $(ARGS)
 
 docs: $(VENV)/.installed-dev ## Generate docs/configuration.md.
 	$(BIN)/python -m agentray.config.reference docs/configuration.md

@@ -84,7 +84,8 @@ class Gateway:
         self._private = tuple(map(host_rule, settings.allow_private))
         self._secrets = secrets
         self._new_breaker = breaker
-        self._breakers: dict[str, BreakerLike] = {}
+        # Of a tenant and an origin: nobody can have a host closed to others by making it fail.
+        self._breakers: dict[tuple[str, str], BreakerLike] = {}
         self._clock = clock
         self._lookup = lookup
         self._jitter = jitter
@@ -206,12 +207,12 @@ class Gateway:
             await self._sleep(wait_s)
 
     async def _ask_breaker(self, origin: Origin, transfer: Transfer) -> BreakerLike:
-        name = str(origin)
-        breaker = self._breakers.get(name)
+        key = (transfer.tenant, str(origin))
+        breaker = self._breakers.get(key)
         if breaker is None:
             if len(self._breakers) >= _MOST_BREAKERS:
                 self._breakers = {key: one for key, one in self._breakers.items() if one.opened}
-            breaker = self._breakers[name] = self._new_breaker(name)
+            breaker = self._breakers[key] = self._new_breaker(str(origin))
         now = self._clock.monotonic()
         if wait_s := breaker.wait_s(now):
             if breaker.opened or wait_s > _LONGEST_PAUSE_S or now + wait_s >= transfer.until:

@@ -9,7 +9,7 @@ what older ones have waiting or running. Pure; times are in seconds of one clock
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -118,7 +118,7 @@ class Leases:
             self._bury(old, now)
         worker = self.roster.workers[register.worker]
         self.roster.forget(worker, worker.kept)
-        self.roster.keep(worker, register.kept)
+        self._keep(worker, register.kept)
         found = {held.lease for held in register.held}
         for lease in worker.leases - found:
             entry = self._leases[lease]
@@ -129,7 +129,7 @@ class Leases:
             self._adopt(worker, held, now)
         for entry in [self._leases[lease] for lease in worker.leases]:
             if entry.ending:
-                # What was said while it was away did not arrive.
+                # What was said while it was away did not arrive, or it is known only now.
                 self._end(entry)
             self._lead_on(entry)
         self._retry_held(now)
@@ -143,7 +143,7 @@ class Leases:
         if worker is None:
             return []
         if finished.kept:
-            self.roster.keep(worker, [finished.key])
+            self._keep(worker, [finished.key])
         entry = self._leases.get(finished.lease)
         if entry is not None:
             cost = call_cost(finished.wall_s, finished.cpu_s, finished.memory_bytes, self._slot)
@@ -239,6 +239,9 @@ class Leases:
             self._out.send(link, Refused(want.key, "refused"))
             return
         entry = self._calls.get(want.key)
+        if entry is not None and entry.lease and entry.link != link:
+            # The other host may have begun it.
+            want = replace(want, was_at=entry.worker)
         if entry is not None and not entry.ending:
             # It is this epoch's now, and not ended with those of older ones.
             if entry.link != link and not entry.lease:
@@ -268,6 +271,15 @@ class Leases:
             self._out.send(link, Refused(want.key, "died"))
         else:
             self._enqueue(link, want, deadline)
+
+    def _keep(self, worker: WorkerState, keys: Sequence[str]) -> None:
+        """A worker keeps these results: lead those there who wait for a slot."""
+        self.roster.keep(worker, keys)
+        for key in keys:
+            entry = self._calls.get(key)
+            if entry is not None and not entry.lease:
+                self._drop(entry)
+                self._out.grant(entry.link, key, worker, 0)
 
     def _lead_on(self, entry: Entry) -> None:
         """Lead who asks for a call with a lease to it, unless it ends or its worker is away."""
@@ -354,7 +366,7 @@ class Leases:
         self._queue.began(entry.call)
         self._lease(entry, worker, held.lease, now - held.ran_s)
         if want.epoch < self._fences.epoch(session):
-            self._end(entry)
+            entry.ending = True
         elif link:
             self._out.grant(link, held.key, worker, 0)
 
@@ -425,7 +437,7 @@ class Leases:
         self.roster.died(worker)
         for lease in list(worker.leases):
             entry = self._leases[lease]
-            if entry.next is not None:
+            if entry.next is not None and entry.confirmed:
                 link, want, deadline = entry.next
                 entry.next = link, replace(want, was_at=worker.id), deadline
             self._accrue(entry, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import httpx2
 import msgspec
@@ -58,11 +59,28 @@ class _Checked(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         host = request.url.host
         port = request.url.port or (443 if request.url.scheme == "https" else 80)
-        address = await self._address(host, port)
         # The name stays in the Host header, and is what the certificate has to be for.
         extensions = {**request.extensions, "sni_hostname": host}
         if request.method == "POST" and not _is_request(request.content):
             extensions["timeout"] = httpx2.Timeout(_NOTIFY_S).as_dict()
+        *others, last = await self._addresses(host, port)
+        for address in others:
+            # Where one protocol leads nowhere, another may: localhost often has two addresses.
+            try:
+                response = await self._sent(request, address, extensions)
+                break
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                continue
+        else:
+            response = await self._sent(request, last, extensions)
+        return await self._bounded(response)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def _sent(
+        self, request: httpx2.Request, address: str, extensions: dict[str, Any]
+    ) -> httpx2.Response:
         pinned = httpx2.Request(
             request.method,
             request.url.copy_with(host=address),
@@ -70,7 +88,9 @@ class _Checked(httpx2.AsyncBaseTransport):
             stream=request.stream,
             extensions=extensions,
         )
-        response = await self._inner.handle_async_request(pinned)
+        return await self._inner.handle_async_request(pinned)
+
+    async def _bounded(self, response: httpx2.Response) -> httpx2.Response:
         if response.headers.get("content-encoding", "identity") != "identity":
             # A small answer could become a large one.
             await response.aclose()
@@ -84,12 +104,9 @@ class _Checked(httpx2.AsyncBaseTransport):
         )
         return response
 
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def _address(self, host: str, port: int) -> str:
+    async def _addresses(self, host: str, port: int) -> list[str]:
         try:
-            addresses = list(await self._lookup(host, port))
+            addresses = list(dict.fromkeys(await self._lookup(host, port)))
         except OSError as error:
             raise httpx2.ConnectError("the name of the server cannot be looked up") from error
         for address in addresses:
@@ -98,7 +115,7 @@ class _Checked(httpx2.AsyncBaseTransport):
                 raise httpx2.ConnectError(f"the address of the server {problem}")
         if not addresses:
             raise httpx2.ConnectError("the name of the server has no address")
-        return addresses[0]
+        return addresses
 
 
 def _is_request(body: bytes) -> bool:

@@ -11,6 +11,8 @@ from typing import Protocol
 
 __all__ = ["Launcher", "ProcessLauncher", "Started"]
 
+_GONE_S = 5.0
+_CHUNK_BYTES = 64 * 1024
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
 
 
@@ -61,7 +63,12 @@ class _Process:
         # The group may outlive its first process.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GONE_S):
+                # A pipe that is not read to its end keeps the process from being over.
+                while await self.stdout.read(_CHUNK_BYTES):
+                    pass
+                await self._process.wait()
 
 
 class ProcessLauncher:

@@ -96,7 +96,7 @@ def test_tools_follow_one_another_in_one_turn(client: OpenAI) -> None:
 def test_files_are_kept_between_turns_and_can_be_fetched(http: httpx.Client) -> None:
     session = Session.make(http, agent="tooled")
     write = call("python", code="open('notes.txt', 'w').write('from the first turn')")
-    session.turn(script("done", tools=[write]))
+    assert session.turn(script("{tool_results}", tools=[write]))["text"] == "(it printed nothing)"
     read = call("shell", script="cat notes.txt")
     turn = session.turn(script("{tool_results}", tools=[read]))
     assert turn["text"] == "from the first turn"
@@ -113,7 +113,7 @@ def test_an_agent_has_no_other_tools_than_its_own(client: OpenAI) -> None:
 
 
 def test_what_calls_took_is_in_the_metrics(client: OpenAI, http: httpx.Client) -> None:
-    ask(client, call("python", code="sum(range(3_000_000))"))
+    assert ask(client, call("python", code="print(sum(range(3_000_000)))")) == "4499998500000"
     page = http.get("/metrics").text
     lines = page.splitlines()
     for name, labels in (

@@ -1,20 +1,22 @@
-"""Operator's functions in a real sandbox of the process tier, called as a worker calls them."""
+"""Operator's functions in real sandboxes, called as a worker calls them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import agentray
 from agentray.tools.functions import load_functions
 from agentray.tools.runner import Ask
-from agentray.tools.sandbox.base import Limits, Slot, Tier
+from agentray.tools.sandbox.base import FunctionCall, Limits, PythonCode, Run, Slot, Tier
 from agentray.tools.sandbox.opening import open_slot
 from agentray.tools.spec import Toolbox, ToolResult
-from agentray.tools.spec_runner import SpecRunner
+from agentray.tools.spec_runner import Place, SpecRunner
 
 SOURCE = """
 import asyncio
@@ -61,8 +63,8 @@ async def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     toolbox = Toolbox(load_functions(["operators_module"]))
     ceiling = Limits(pids=256, cpu_s=60, wall_s=60)
 
-    async def open_(tier: Tier) -> Slot:
-        return await open_slot(tier, ceiling=ceiling, paths=[str(tmp_path)])
+    async def open_(place: Place) -> Slot:
+        return await open_slot(place.tier, ceiling=ceiling, paths=[str(tmp_path)])
 
     runner = SpecRunner(toolbox, open_)
     yield runner
@@ -90,3 +92,27 @@ async def test_functions_run_in_a_sandbox_one_after_another(runner: SpecRunner) 
     hung = await call(runner, "hang")
     assert (hung.reason, hung.output) == ("timeout", "[killed after 0.5 s; it printed nothing]")
     assert (await call(runner, "greet", name="Bo")).output == "Hi Bo of acme"
+
+
+@pytest.mark.parametrize("tier", ["process", "jail"])
+async def test_a_module_of_tools_can_be_imported_before_the_calls(
+    tmp_path: Path, tier: Tier
+) -> None:
+    (tmp_path / "operators_module.py").write_text(SOURCE, encoding="utf-8")
+    paths = [str(tmp_path), str(Path(agentray.__file__).parents[1])]
+    paths += [each for each in sys.path if Path(each).name == "site-packages"]
+    limits = Limits(pids=256, cpu_s=60, wall_s=60, memory_bytes=1 << 30)
+    slot = await open_slot(
+        tier, ceiling=limits, paths=paths, libraries=["operators_module"], parked=False
+    )
+    try:
+        target = "operators_module:double.call_json"
+        found = await slot.run(Run(FunctionCall(target, b'{"price": {"amount": 2}}'), limits))
+        assert found.result == b'{"amount": 4.0, "currency": "CHF"}', found
+        # What it imported is the package, and nothing of what made the child.
+        look = PythonCode("import agentray, sys; print(agentray.tool, *sys.modules)")
+        found = await slot.run(Run(look, limits))
+        assert b"agentray.tools.functions" in found.stdout, found
+        assert b"agentray.tools.sandbox.zygote" not in found.stdout
+    finally:
+        await slot.close()

@@ -76,6 +76,7 @@ def set_scene() -> Iterator[Scene]:
             "secret_2": second,
             "host_file": str(host_file),
             "home": os.environ.get("HOME", "/root"),
+            "repository_file": str(_REPOSITORY_FILE),
             "repository_files": [str(_REPOSITORY_FILE), str(of_repository)],
             "port": listener.getsockname()[1],
             "unix_path": str(folder / "socket"),
@@ -87,16 +88,17 @@ def set_scene() -> Iterator[Scene]:
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Return the processes of the machine that gave themselves that name."""
+    """Return the processes of the machine that gave themselves that name and that live."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            name = (entry / "comm").read_text()
+            facts = (entry / "stat").read_text()
         except OSError:
             continue
-        if name.strip() == mark:
+        name, _, rest = facts.partition("(")[2].rpartition(") ")
+        if name == mark and not rest.startswith("Z"):
             found.append(int(entry.name))
     return found
 

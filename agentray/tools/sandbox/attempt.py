@@ -64,7 +64,8 @@ class Attempt:
         try:
             if not self._child.send(message):
                 sending = asyncio.create_task(self._child.send_rest())
-            await self._child.over
+            # Not itself: a cancellation must leave it to tell when all is over.
+            await asyncio.shield(self._child.over)
         finally:
             deadline.cancel()
             self._ticking.cancel()
@@ -201,7 +202,7 @@ class Attempt:
                 whole.set_result(None)
 
         left.listener = look
-        look()
+        left.watch()
         try:
             await asyncio.wait_for(whole, _COLLECT_S)
         except TimeoutError:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError
-from agentray.tools.sandbox import layout
+from agentray.tools.sandbox import layout, seccomp
 from agentray.tools.sandbox.base import Start
 from agentray.tools.sandbox.supervisor import Child, Zygote
 
@@ -35,6 +35,7 @@ _BOOT_S = 20.0
 _ERROR_BYTES = 8192
 _READY = b"P"
 _TASK = 3
+_SET_SECCOMP = 22
 # What runsc answers with for a program that a signal ended: this and the signal's number.
 _SIGNALLED = 128
 _MOST_SIGNALS = 64
@@ -54,6 +55,18 @@ program.warm()
 sys.path.extend(PATHS)
 for name in LIBRARIES:
     __import__(name)
+if UID != os.getuid():
+    os.setgroups([])
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, UID)
+import ctypes
+code = ctypes.create_string_buffer(FILTER, len(FILTER))
+rows = (len(FILTER) // 8).to_bytes(8, "little") + ctypes.addressof(code).to_bytes(8, "little")
+if ctypes.CDLL(None, use_errno=True).prctl({_SET_SECCOMP}, 2, rows, 0, 0) != 0:
+    raise OSError(ctypes.get_errno(), "seccomp")
+for name in [name for name in sys.modules if name in ("ctypes", "_ctypes", "ctypes._endian")]:
+    del sys.modules[name]
+del ctypes, code, rows
 os.write({_TASK}, {_READY!r})
 program.run({_TASK})
 """
@@ -86,8 +99,9 @@ def config(
     # Links there would be followed by runsc, too, which mounts its kernel's root at one of them.
     into = [(at, to) for at, to in found["links"] if to.startswith(found["place"])]
     found["links"] = [each for each in found["links"] if each not in into]
-    boot = f"PATHS, LIBRARIES = {list(paths)!r}, {list(libraries)!r}\n{_BOOTSTRAP}"
-    spec = specification(boot, uid=guest, found=found, into=into)
+    given = (list(paths), list(libraries), guest, seccomp.program())
+    boot = f"PATHS, LIBRARIES, UID, FILTER = {given!r}\n{_BOOTSTRAP}"
+    spec = specification(boot, root=root, found=found, into=into)
     source = Path(__file__).with_name("program.py").read_bytes()
     found["files"] += [
         (f"{_BUNDLE}/config.json", json.dumps(spec).encode()),
@@ -111,9 +125,12 @@ def config(
 
 
 def specification(
-    boot: str, *, uid: int, found: dict[str, Any], into: Sequence[tuple[str, str]]
+    boot: str, *, root: bool, found: dict[str, Any], into: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Return the OCI configuration of a program's container: the slot's root and scratch.
+
+    As in a jail, what is imported ahead may be readable to root only: its process is root of that
+    kernel until then, and may do no more with it than become another.
 
     Limits that vary from run to run the program's process takes on itself, as in a jail: to the
     kernel there, they are a process's own as anywhere.
@@ -137,17 +154,21 @@ def specification(
         "ociVersion": "1.0.0",
         "hostname": "jail",
         "process": {
-            "user": {"uid": uid, "gid": uid},
+            "user": {"uid": 0, "gid": 0},
             "args": [layout.interpreter(), "-I", "-S", "-u", "-X", "utf8", "-c", boot],
             "env": [f"{name}={value}" for name, value in found["environment"].items()],
             "cwd": place,
-            "capabilities": {},
+            "capabilities": {
+                name: ["CAP_SETUID", "CAP_SETGID"] if root else []
+                for name in ("bounding", "effective", "permitted")
+            },
             "noNewPrivileges": True,
             "rlimits": [{"type": "RLIMIT_CORE", "hard": 0, "soft": 0}],
         },
         "root": {"path": "/", "readonly": True},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "devtmpfs", "source": "devtmpfs", "options": ["ro"]},
             covered("/run"),
             covered("/var"),
             scratch(place, place),

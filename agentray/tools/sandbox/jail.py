@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import marshal
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -264,8 +265,8 @@ class JailSlot:
             # Parked children have the same uid; unprivileged, the zygote and the inits as well.
             rlimits["NPROC"] = limits.pids + 2 + 2 * self._wanted
         elif self._tier == "gvisor":
-            # Its kernel has no other processes.
-            rlimits["NPROC"] = limits.pids
+            # Its kernel has no other processes, and counts the first one for who it began as.
+            rlimits["NPROC"] = limits.pids - (os.geteuid() == 0)
         if not self._counts_memory:
             rlimits["AS"] = limits.memory_bytes
         for name in self._without:

@@ -18,6 +18,8 @@ __all__ = ["JailLauncher", "Launched"]
 
 _GONE_S = 5.0
 _LINE_BYTES = 16 * 1024 * 1024
+# Names are looked up as the machine does it.
+_RESOLVER = ("/etc/resolv.conf",)
 _LIMITS = Limits(wall_s=0.0, cpu_s=86_400.0, memory_bytes=1024 * 1024 * 1024, pids=128)
 
 
@@ -81,7 +83,7 @@ class JailLauncher:
             slot = await open_jail(
                 ceiling=self._limits,
                 parked=False,
-                paths=self._paths,
+                paths=(*self._paths, *(_RESOLVER if self._network else ())),
                 cpu_share=self._cpu_share,
                 network=self._network,
             )

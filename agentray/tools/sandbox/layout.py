@@ -83,5 +83,5 @@ def _files(place: str, uid: int) -> list[tuple[str, bytes]]:
         ("/etc/passwd", b"root:x:0:0::/:/bin/false\n" + user.encode()),
         ("/etc/group", f"root:x:0:\njail:x:{uid}:\n".encode()),
         ("/etc/hosts", b"127.0.0.1 localhost jail\n"),
-        ("/etc/nsswitch.conf", b"passwd: files\ngroup: files\nhosts: files\n"),
+        ("/etc/nsswitch.conf", b"passwd: files\ngroup: files\nhosts: files dns\n"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -11,10 +12,13 @@ import msgspec
 
 from agentray.errors import SandboxUnavailableError
 from agentray.tools.sandbox import cgroups
-from agentray.tools.sandbox.base import Limits, PythonCode, Run, Tier
+from agentray.tools.sandbox.base import Limits, PythonCode, Run, Slot, Tier
 from agentray.tools.sandbox.opening import open_slot
 
-__all__ = ["Enforcer", "Probe", "Quota", "examine", "probe"]
+__all__ = ["TIERS", "Enforcer", "Opener", "Probe", "Quota", "examine", "probe"]
+
+TIERS: tuple[Tier, ...] = ("gvisor", "jail", "process")
+"""All there are, the strongest first."""
 
 Enforcer = Literal[
     "cgroup v2",
@@ -24,15 +28,20 @@ Enforcer = Literal[
     "watchdog",
     "tmpfs",
     "namespace",
+    "gVisor",
     "supervisor",
     "nothing",
 ]
 """What holds a quota. A ``watchdog`` looks every 10 ms and ends what is over: between two looks
-more can be used. An ``rlimit`` of memory or CPU time alone is each process's own."""
+more can be used. An ``rlimit`` of memory or CPU time alone is each process's own; ``gVisor`` is
+one, too, held by the sandbox's own kernel."""
+
+Opener = Callable[[Tier], Awaitable[Slot]]
+"""Opens a slot of exactly that tier; raises ``SandboxUnavailableError`` where it cannot be had."""
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """A quota and what enforces it in jails; ``note`` says how far where it is not all the way."""
+    """A quota and what enforces it; ``note`` says how far where it is not all the way."""
 
     name: str
     by: Enforcer
@@ -40,97 +49,135 @@ class Quota(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What was found. ``tier`` is the strongest that works, ``unavailable`` has the reason for
-    each that does not, ``missing`` names what is not enforced and why."""
+    """What was found. ``tier`` is the strongest that works, if any does, ``unavailable`` has the
+    reason for each that does not, ``held`` what enforces each quota in each that does, ``missing``
+    names what is lacking and why: tiers, and of the strongest the quotas that are not enforced, or
+    not all the way."""
 
-    tier: Tier
+    tier: Tier | None
     unavailable: dict[Tier, str]
-    quotas: tuple[Quota, ...]
+    held: dict[Tier, tuple[Quota, ...]]
     missing: tuple[str, ...]
+    cgroup: cgroups.Found
+
+    @property
+    def quotas(self) -> tuple[Quota, ...]:
+        """What enforces each quota in jails."""
+        return self.held.get("jail", ())
+
+    def lacking(self, tier: Tier) -> tuple[str, ...]:
+        """Return a sentence for each quota that a tier does not enforce, or not all the way."""
+        why = self.cgroup.missing or f"cgroup v{self.cgroup.version} has no such controller here"
+        found: list[str] = []
+        for quota in self.held.get(tier, ()):
+            reason = quota.note if quota.name not in _OF_CGROUPS else why
+            if quota.by == "nothing":
+                found.append(f"{quota.name} is not enforced: {reason}")
+            elif "rlimit" in quota.by and quota.name in ("memory", "cpu time"):
+                found.append(f"{quota.name} is enforced by {quota.by} only, {quota.note}: {why}")
+        return tuple(found)
 
 
-async def examine() -> Probe:
+_OF_CGROUPS = ("cpu time", "cpu share", "memory", "pids")
+_SEES_PROC = "import os; print('proc' if os.path.exists('/proc/self/stat') else '')"
+_TRIAL_S = 20.0
+
+
+async def _open(tier: Tier) -> Slot:
+    return await open_slot(tier, parked=False)
+
+
+async def examine(
+    opener: Opener = _open, find: Callable[[], cgroups.Found] = cgroups.find
+) -> Probe:
     """Open a slot of each tier, run a program in it, and say what was found."""
     unavailable: dict[Tier, str] = {}
-    proc = ""
-    for each in _TIERS:
-        why = ""
-        try:
-            slot = await open_slot(each, parked=False)
-        except SandboxUnavailableError as error:
-            unavailable[each] = str(error.fields.get("missing") or error.message)
-            continue
-        try:
-            outcome = await slot.run(Run(PythonCode(_SEES_PROC), Limits(wall_s=20.0)))
-            if outcome.reason != "ok":
-                why = outcome.error or f"a program ended with {outcome.reason}"
-            elif each == "jail":
-                proc = outcome.stdout.decode().strip()
-        finally:
-            await slot.close()
+    held: dict[Tier, tuple[Quota, ...]] = {}
+    found = find()
+    for tier in TIERS:
+        printed, why = await _try(tier, opener)
         if why:
-            unavailable[each] = why
-    tier: Tier = "process"
-    for each in reversed(_TIERS):
-        if each not in unavailable:
-            tier = each
-    if "jail" in unavailable:
-        missing = tuple(f"{name}: {why}" for name, why in unavailable.items())
-        return Probe(tier, unavailable, (), missing)
-    found = cgroups.find()
-    quotas = _quotas(found, watched=proc == "proc")
-    return Probe(tier, unavailable, quotas, _missing(quotas, found, unavailable))
+            unavailable[tier] = why
+        else:
+            # In gVisor it is the sandbox's whole kernel that is watched, from outside.
+            held[tier] = _quotas(tier, found, watched=tier == "gvisor" or printed == "proc")
+    best: Tier | None = next(iter(held), None)
+    probe = Probe(best, unavailable, held, (), found)
+    missing = [f"{tier}: {why}" for tier, why in unavailable.items()]
+    if best is not None:
+        missing += probe.lacking(best)
+    if best in ("gvisor", "jail") and os.geteuid() != 0:
+        missing.append("slots share this user's uid: without root there is one to map only")
+    return msgspec.structs.replace(probe, missing=tuple(missing))
 
 
-_TIERS: tuple[Tier, ...] = ("gvisor", "jail", "process")
-_SEES_PROC = "import os; print('proc' if os.path.exists('/proc/self/stat') else '')"
+async def _try(tier: Tier, opener: Opener) -> tuple[str, str]:
+    """Return what a program printed in a slot of a tier, and why it could not."""
+    try:
+        slot = await opener(tier)
+    except SandboxUnavailableError as error:
+        return "", str(error.fields.get("missing") or error.message)
+    try:
+        outcome = await slot.run(Run(PythonCode(_SEES_PROC), Limits(wall_s=_TRIAL_S)))
+    finally:
+        await slot.close()
+    if outcome.reason != "ok":
+        return "", outcome.error or f"a program ended with {outcome.reason}"
+    return outcome.stdout.decode().strip(), ""
 
 
 def probe() -> Probe:
-    """Do :func:`examine` from where no event loop can be awaited; takes some 200 ms."""
+    """Do :func:`examine` from where no event loop can be awaited; takes some 200 ms, and 600 ms
+    with gVisor."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, examine()).result()
 
 
-def _quotas(found: cgroups.Found, *, watched: bool) -> tuple[Quota, ...]:
+_EACH = "each process by itself: the sum of a tree is not limited"
+_TREE = "looked at every 10 ms: a tree can be over in between"
+_UNCONTAINED = "the process tier contains nothing"
+
+
+def _quotas(tier: Tier, found: cgroups.Found, *, watched: bool) -> tuple[Quota, ...]:
     group: Enforcer = "cgroup v2" if found.version == 2 else "cgroup v1"
-    held = set(found.folders)
-    each = "each process by itself: the sum of a tree is not limited"
-    tree = "looked at every 10 ms: a tree can be over in between"
-    memory = Quota("memory", group)
-    if "memory" not in held:
-        by: Enforcer = "rlimit and watchdog" if watched else "rlimit"
-        memory = Quota("memory", by, tree if watched else each)
-    cpu = Quota("cpu time", group, "looked at every 100 ms")
-    if "cpuacct" not in held:
-        by = "rlimit and watchdog" if watched else "rlimit"
-        cpu = Quota("cpu time", by, tree if watched else each)
-    share = Quota("cpu share", group if "cpu" in held else "nothing")
-    pids = Quota("pids", group) if "pids" in held else Quota("pids", "rlimit", "of the slot's uid")
+    contained = tier != "process"
+    watchdog: Enforcer = "rlimit and watchdog" if watched and contained else "rlimit"
+    note = _TREE if watchdog != "rlimit" else _EACH
+    own = "the sandbox's own kernel is counted, too" if tier == "gvisor" else ""
+
+    def grouped(name: str, controller: str, note_: str = "") -> Quota:
+        counted = controller in found.folders
+        return Quota(name, group, note_) if counted else Quota(name, watchdog, note)
+
+    share = Quota("cpu share", group if "cpu" in found.folders else "nothing")
     return (
         Quota("wall time", "supervisor"),
-        cpu,
+        grouped("cpu time", "cpuacct", "looked at every 100 ms"),
         share,
-        memory,
-        pids,
-        Quota("open files", "rlimit", "each process by itself"),
-        Quota("scratch size", "tmpfs"),
-        Quota("scratch files", "tmpfs"),
+        grouped("memory", "memory", own),
+        _pids(tier, found, group),
+        _files(tier),
+        Quota("scratch size", "tmpfs") if contained else _not("scratch size"),
+        Quota("scratch files", "tmpfs") if contained else _not("scratch files"),
         Quota("output", "supervisor"),
-        Quota("network", "namespace", "none: an empty one"),
+        Quota("network", "namespace", "none: an empty one") if contained else _not("network"),
     )
 
 
-def _missing(
-    quotas: tuple[Quota, ...], found: cgroups.Found, unavailable: dict[Tier, str]
-) -> tuple[str, ...]:
-    missing = [f"{tier}: {why}" for tier, why in unavailable.items()]
-    why = found.missing or f"cgroup v{found.version} has no such controller here"
-    for quota in quotas:
-        if quota.by == "nothing":
-            missing.append(f"{quota.name} is not enforced: {why}")
-        elif "rlimit" in quota.by and quota.name in ("memory", "cpu time"):
-            missing.append(f"{quota.name} is enforced by {quota.by} only, {quota.note}: {why}")
-    if os.geteuid() != 0:
-        missing.append("slots share this user's uid: without root there is one to map only")
-    return tuple(missing)
+def _not(name: str) -> Quota:
+    return Quota(name, "nothing", _UNCONTAINED)
+
+
+def _files(tier: Tier) -> Quota:
+    by: Enforcer = "gVisor" if tier == "gvisor" else "rlimit"
+    return Quota("open files", by, "each process by itself")
+
+
+def _pids(tier: Tier, found: cgroups.Found, group: Enforcer) -> Quota:
+    if tier == "gvisor":
+        return Quota("pids", "gVisor")
+    if "pids" in found.folders:
+        return Quota("pids", group)
+    return (
+        Quota("pids", "rlimit", "of the slot's uid") if tier == "jail" else Quota("pids", "nothing")
+    )

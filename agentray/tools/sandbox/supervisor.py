@@ -123,7 +123,8 @@ class Child:
         """Take note of its end."""
         if not self.over.done():
             if left >= 0 and self._open:
-                self.left = Drain(left)
+                # Read when it is known how much of it is to be kept.
+                self.left = Drain(left, at_once=False)
             elif left >= 0:
                 os.close(left)
             self.over.set_result(found)

@@ -50,7 +50,9 @@ def main() -> Callable[[], None]:
     # Never freed in a child, which would copy all its pages for it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(zygote))
     if "globals" not in config["without"]:
-        _vanish()
+        gc.collect()
+        gc.freeze()
+        gc.disable()
     control.send(json.dumps(["ready", jail.proc is not None]).encode())
     return partial(run, zygote.serve())
 
@@ -74,6 +76,8 @@ def _settle(config: dict[str, Any]) -> child.Jail:
     if "clean_env" not in config["without"]:
         os.environ.clear()
     os.environ.update(config["environment"])
+    if "globals" not in config["without"]:
+        _vanish()
     for name in config["libraries"]:
         __import__(name)
     if not jail.fresh:
@@ -86,13 +90,10 @@ def _not_after_forks(**_: object) -> None:
 
 
 def _vanish() -> None:
-    """Let nothing lead from a program to here."""
+    """Let nothing lead from a program to here, and libraries find the real package."""
     mine = [name for name in sys.modules if name.partition(".")[0] == "agentray"]
     for name in mine:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(sys.modules.pop(name)))
-    gc.collect()
-    gc.freeze()
-    gc.disable()
 
 
 class _Child:
