@@ -324,7 +324,7 @@ class System:
 
     def pids(self, role: str) -> list[int]:
         """Return the processes of a part: ``postgres``, ``redis``, ``haproxy``, ``controller``,
-        ``gcs`` or ``raylet``; of PostgreSQL the one that the others descend from."""
+        ``gcs``, ``raylet``, ``tool_worker`` or ``tool_scheduler``; of PostgreSQL the one that the others descend from."""
         if role == "postgres":
             # PostgreSQL removes the file when it ends, and makes it before it writes into it.
             try:
@@ -338,6 +338,8 @@ class System:
             "controller": "ray::ServeController",
             "gcs": "gcs_server",
             "raylet": "raylet",
+            "tool_worker": "ray::ToolWorker",
+            "tool_scheduler": "ray::ToolScheduler",
         }[role]
         found: list[int] = []
         for pid in owned_processes(self.layout):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import agentray
-from agentray.cli import chat, config, env, routing, sessions, status, up
+from agentray.cli import chat, config, doctor, env, routing, sessions, status, up
 from agentray.errors import AgentRayError
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(config.app, name="config")
 app.command()(up.up)
 app.command()(env.env)
+app.command()(doctor.doctor)
 app.command()(chat.chat)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(routing.app, name="routing")

@@ -288,7 +288,8 @@ class FairQueue:
         for each in others:
             if self._can_run(each):
                 ahead += each.load.due((begins - each.tag) * each.weight)
-        return Place(1 + int(ahead.calls), ahead.wall_s / max(1, slots))
+        # What was added and taken away again leaves a rounding error, below nothing too.
+        return Place(1 + max(0, int(ahead.calls)), max(0.0, ahead.wall_s) / max(1, slots))
 
     def _flow(self, call: Call) -> _Flow:
         level = self._levels[call.priority]
@@ -317,7 +318,8 @@ class FairQueue:
     def _can_run(self, level: _Level) -> bool:
         waits = level.first() is not None
         if waits and not level.waits:
-            level.tag = max(level.tag, self._now)
+            others = (each.tag for each in self._levels.values() if each.waits and each.first())
+            level.tag = max(level.tag, min([self._now, *others]))
         level.waits = waits
         return waits
 
@@ -326,14 +328,17 @@ class FairQueue:
         if not flow.calls or flow.entry or flow.tenant.capped:
             return
         level = flow.level
-        if level.first() is None:
+        first = level.first()
+        if first is None:
             level.now = level.floor = level.top
             levels = self._levels.values()
             if not any(each.first() for each in levels):
                 self._now = self._floor = max(each.tag for each in levels)
                 for each in levels:
                     each.waits = False
-        flow.tag = max(flow.tag, level.now)
+        # Who was given something back is behind: who comes does not wait until it has caught up.
+        begins = level.now if first is None else min(level.now, first.tag)
+        flow.tag = max(flow.tag, begins)
         self._push(flow)
 
     def _push(self, flow: _Flow) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from msgspec.structs import replace
 
 from agentray.tools.call_book import CallBook, Entry
-from agentray.tools.cost import Estimates, SlotShare, call_cost
+from agentray.tools.cost import Estimate, Estimates, SlotShare, call_cost
 from agentray.tools.fair_queue import Call, Queue
 from agentray.tools.fences import Fences, Session
 from agentray.tools.messages import (
@@ -295,14 +295,17 @@ class Leases:
         found = self.roster.workers.get(worker)
         return not self.roster.settled(now) if found is None else not found.connected
 
-    def _entry(self, link: str, want: Want, deadline: float) -> Entry:
-        estimate = self._estimates.of(
+    def _estimate(self, want: Want) -> Estimate:
+        return self._estimates.of(
             want.tenant,
             want.tool,
             cpu=want.cpu,
             memory_bytes=want.memory_bytes,
             timeout_s=want.timeout_s,
         )
+
+    def _entry(self, link: str, want: Want, deadline: float) -> Entry:
+        estimate = self._estimate(want)
         call = Call(want.key, want.tenant, want.priority, estimate.cost, estimate.wall_s)
         return Entry(want, link, call, estimate, deadline)
 
@@ -335,6 +338,9 @@ class Leases:
             entry = self._calls.get(call.key)
             assert entry is not None
             entry.charged = call.cost
+            # It may have waited for long: by now more is known of calls like it.
+            entry.estimate = self._estimate(entry.want)
+            self._charge(entry, entry.estimate.cost)
             self._lease(entry, worker, next(self._numbers), now)
             self._out.grant(entry.link, call.key, worker, entry.lease)
 

@@ -37,13 +37,17 @@ _RELEASE = "UPDATE sessions SET owner = NULL%"
 
 
 async def create_session(
-    http: aiohttp.ClientSession, url: str, session_id: str, placement: str = "shared"
+    http: aiohttp.ClientSession,
+    url: str,
+    session_id: str,
+    placement: str = "shared",
+    agent: str = "assistant",
 ) -> None:
     """Make a session, however often that takes: with a given id it is idempotent."""
 
     async def made() -> bool:
         try:
-            body = {"id": session_id, "placement": placement}
+            body = {"id": session_id, "placement": placement, "agent": agent}
             async with http.post(f"{url}/v1/sessions", json=body) as response:
                 return response.status in (200, 201)
         except (aiohttp.ClientError, OSError):

@@ -23,6 +23,12 @@ def system() -> Iterator[System]:
     settings = {
         "sessions": {"hosts": HOSTS, "idle_s": 1.0, "recovery_attempts": 30},
         "models": {"simulator": {"tps": 100.0}},
+        "agents": {"assistant": {}, "marker": {"tools": ["once", "repeatable"]}},
+        "tools": {
+            "functions": ["tests.fault.marking_tools"],
+            # Two from the start, and slots that all of the calls fill.
+            "workers": {"min": 2, "max": 2, "slots": 4},
+        },
         "log": {"format": "json"},
     }
     running = System(folder / "data", settings=settings).start()

@@ -10,7 +10,7 @@ from tests.jail.exhaustion import limits
 
 __all__ = ["ENDINGS"]
 
-SOON = limits(wall_s=0.7)
+SOON = limits(wall_s=0.5)
 
 
 def ended(

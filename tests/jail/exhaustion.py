@@ -278,7 +278,7 @@ PROCESSORS = (
     Attack(
         name="spinning processor",
         body="""
-        until = time.process_time() + 1.2
+        until = time.process_time() + 0.9
         while time.process_time() < until:
             pass
         """,
@@ -295,7 +295,7 @@ PROCESSORS = (
         for _ in range(6):
             child = os.fork()
             if child == 0:
-                until = time.process_time() + 0.4
+                until = time.process_time() + 0.3
                 while time.process_time() < until:
                     pass
                 os._exit(0)
@@ -313,7 +313,7 @@ PROCESSORS = (
     Attack(
         name="spinning processor in children that come and go",
         body="""
-        for _ in range(60):
+        for _ in range(45):
             child = os.fork()
             if child == 0:
                 until = time.process_time() + 0.02
@@ -333,7 +333,7 @@ PROCESSORS = (
         body="""
         # Who ignores this is told of no child's end, and counts none of its time.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        for _ in range(20):
+        for _ in range(15):
             child = os.fork()
             if child == 0:
                 until = time.process_time() + 0.06
@@ -355,7 +355,7 @@ PROCESSORS = (
         name="spinning processor with the limit's signal ignored",
         body="""
         signal.signal(signal.SIGXCPU, signal.SIG_IGN)
-        until = time.process_time() + 1.2
+        until = time.process_time() + 0.9
         while time.process_time() < until:
             pass
         """,

@@ -204,7 +204,8 @@ class Attempt:
         left.listener = look
         left.watch()
         try:
-            await asyncio.wait_for(whole, _COLLECT_S)
+            async with asyncio.timeout(_COLLECT_S):
+                await whole
         except TimeoutError:
             return None
         return await scratch.pack(bytes(left.content), self._run.limits)

@@ -28,30 +28,43 @@ class _Facts(NamedTuple):
 
 
 class Census:
-    """What the processes of one ``/proc`` use, of a pid namespace of their own.
+    """What the processes of a run use.
 
-    ``proc`` is a descriptor of it, ``scratch`` one of their tmpfs; both stay the caller's.
+    They are found in the slot's ``/proc``, which this process is in too: what it shows of them no
+    program can hide, while of the run's own a program that makes itself undumpable closes the door.
+    ``scratch`` is a descriptor of their tmpfs, and stays the caller's.
     """
 
-    def __init__(self, proc: int, scratch: int) -> None:
-        self._proc = proc
+    def __init__(self, scratch: int) -> None:
         self._scratch = scratch
         self.peak_bytes = 0
         self.cpu_s = 0.0
         self._own_s: dict[tuple[int, int], float] = {}
         self._gone_s = 0.0
 
-    def count(self) -> tuple[float, int]:
+    def count(self, init: int, others: set[int]) -> tuple[float, int]:
         """Return CPU seconds so far and bytes of memory now, those of the scratch included.
+
+        All count but this process, the run's ``init``, which shares its memory, and ``others``,
+        children that wait for later runs, with all below them.
 
         Of a process that ended and that nobody waited for, what the last look at it found counts.
         """
-        found = list(_all(self._proc))
+        proc = os.open("/proc", os.O_RDONLY)
+        try:
+            return self._count(proc, {os.getpid(), init}, others)
+        finally:
+            os.close(proc)
+
+    def _count(self, proc: int, but: set[int], others: set[int]) -> tuple[float, int]:
+        everyone = list(_all(proc))
+        but = but | _below(everyone, others)
+        found = [each for each in everyone if each.pid not in but]
         scratch = os.fstatvfs(self._scratch)
         on_scratch = (scratch.f_blocks - scratch.f_bfree) * scratch.f_bsize
         memory = on_scratch + sum(each.memory_bytes for each in found)
         if memory > _ROUGHLY_BYTES:
-            memory = on_scratch + sum(self._fairly(each) for each in found)
+            memory = on_scratch + sum(_fairly(proc, each) for each in found)
         self.peak_bytes = max(self.peak_bytes, memory)
         waited_for_s = sum(each.cpu_s for each in found)
         self.cpu_s = max(self.cpu_s, waited_for_s, self._seen_s(found))
@@ -64,16 +77,17 @@ class Census:
         self._own_s = now
         return self._gone_s + sum(now.values())
 
-    def _fairly(self, each: _Facts) -> int:
-        """Return a process's memory with each shared page divided by those who share it."""
-        try:
-            for line in _read(self._proc, f"{each.pid}/smaps_rollup").splitlines():
-                if line.startswith(b"Pss:"):
-                    return int(line.split()[1]) * 1024
-        except (OSError, ValueError):
-            # It can keep others from looking: at worst it counts for more.
-            pass
-        return each.memory_bytes
+
+def _fairly(proc: int, each: _Facts) -> int:
+    """Return a process's memory with each shared page divided by those who share it."""
+    try:
+        for line in _read(proc, f"{each.pid}/smaps_rollup").splitlines():
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        # It can keep others from looking: at worst it counts for more.
+        pass
+    return each.memory_bytes
 
 
 def _read(proc: int, path: str) -> bytes:
@@ -97,6 +111,15 @@ def _all(proc: int) -> Iterable[_Facts]:
         yield _Facts(int(name), int(fields[1]), int(fields[19]), own_s, cpu_s, memory_bytes)
 
 
+def _below(everyone: list[_Facts], roots: set[int]) -> set[int]:
+    """Return processes and those that descend from them."""
+    found, size = set(roots), 0
+    while len(found) > size:
+        size = len(found)
+        found.update(each.pid for each in everyone if each.parent in found)
+    return found
+
+
 def end_strays(known: set[int]) -> None:
     """End and reap all below this process that is not ``known`` or below one of those.
 
@@ -117,13 +140,7 @@ def end_strays(known: set[int]) -> None:
 
 
 def _strays(proc: int, known: set[int]) -> list[int]:
-    everyone = list(_all(proc))
-    below: set[int] = {os.getpid()}
-    size = 0
-    while len(below) > size:
-        size = len(below)
-        below.update(
-            each.pid for each in everyone if each.parent in below and each.pid not in known
-        )
+    everyone = [each for each in _all(proc) if each.pid not in known]
+    below = _below(everyone, {os.getpid()})
     # Children first: who is waited for above its own would never be reaped here.
     return [each.pid for each in everyone if each.pid in below and each.pid != os.getpid()]

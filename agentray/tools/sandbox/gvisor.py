@@ -190,6 +190,7 @@ class Runsc(Zygote):
     kind: Start = "cold"
     child_cpu_s = 0.5
     child_bytes = 32 * 1024 * 1024
+    _first: Child | None = None
 
     async def start(self) -> None:
         """Start it and boot a first sandbox, which is the next one that is asked for.
@@ -197,7 +198,6 @@ class Runsc(Zygote):
         Raises:
             SandboxUnavailableError: if it cannot be; the message says what failed.
         """
-        self._first: Child | None = None
         await super().start()
         try:
             self._first = await self.fork((1 << 20, 64))
@@ -213,17 +213,23 @@ class Runsc(Zygote):
             SandboxUnavailableError: if the zygote is gone.
         """
         first, self._first = self._first, None
-        if first is not None and not first.over.done():
-            if first.sizes != sizes:
-                await self.resize(first, sizes)
-            return first
-        child = await super().fork(sizes)
+        child = first or await super().fork(sizes)
         try:
-            await self._boot(child)
+            if first is None:
+                await self._boot(child)
+            elif first.sizes != sizes:
+                await self.resize(first, sizes)
         except BaseException:
             child.close()
             raise
         return child
+
+    async def close(self) -> None:
+        """End it and all its sandboxes, and remove its cgroup."""
+        first, self._first = self._first, None
+        if first is not None:
+            first.close()
+        await super().close()
 
     async def _boot(self, child: Child) -> None:
         task, err = child.task, child.err

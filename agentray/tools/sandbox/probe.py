@@ -59,15 +59,21 @@ class Probe(msgspec.Struct, frozen=True):
     held: dict[Tier, tuple[Quota, ...]]
     missing: tuple[str, ...]
     cgroup: cgroups.Found
+    root: bool = True
 
     @property
     def quotas(self) -> tuple[Quota, ...]:
         """What enforces each quota in jails."""
         return self.held.get("jail", ())
 
+    @property
+    def cgroup_missing(self) -> str:
+        """Why a quota that a cgroup would hold has none."""
+        return self.cgroup.missing or f"cgroup v{self.cgroup.version} has no such controller here"
+
     def lacking(self, tier: Tier) -> tuple[str, ...]:
         """Return a sentence for each quota that a tier does not enforce, or not all the way."""
-        why = self.cgroup.missing or f"cgroup v{self.cgroup.version} has no such controller here"
+        why = self.cgroup_missing
         found: list[str] = []
         for quota in self.held.get(tier, ()):
             reason = quota.note if quota.name not in _OF_CGROUPS else why
@@ -75,6 +81,8 @@ class Probe(msgspec.Struct, frozen=True):
                 found.append(f"{quota.name} is not enforced: {reason}")
             elif "rlimit" in quota.by and quota.name in ("memory", "cpu time"):
                 found.append(f"{quota.name} is enforced by {quota.by} only, {quota.note}: {why}")
+        if tier != "process" and not self.root:
+            found.append("slots share this user's uid: without root there is one to map only")
         return tuple(found)
 
 
@@ -102,12 +110,10 @@ async def examine(
             # In gVisor it is the sandbox's whole kernel that is watched, from outside.
             held[tier] = _quotas(tier, found, watched=tier == "gvisor" or printed == "proc")
     best: Tier | None = next(iter(held), None)
-    probe = Probe(best, unavailable, held, (), found)
+    probe = Probe(best, unavailable, held, (), found, os.geteuid() == 0)
     missing = [f"{tier}: {why}" for tier, why in unavailable.items()]
     if best is not None:
         missing += probe.lacking(best)
-    if best in ("gvisor", "jail") and os.geteuid() != 0:
-        missing.append("slots share this user's uid: without root there is one to map only")
     return msgspec.structs.replace(probe, missing=tuple(missing))
 
 

@@ -143,6 +143,11 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
+def _let_go(child: Child | None) -> None:
+    if child is not None:
+        child.close()
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -196,9 +201,8 @@ class Zygote:
                 self._cgroup.add(process.pid)
             ours.send(str(Path(__file__).parent).encode())
             ours.send(marshal.dumps(self._config))
-            answer = await asyncio.wait_for(
-                asyncio.get_running_loop().sock_recv(ours, 65536), _START_S
-            )
+            async with asyncio.timeout(_START_S):
+                answer = await asyncio.get_running_loop().sock_recv(ours, 65536)
             if not answer:
                 raise SandboxUnavailableError("the zygote died as it started", tier=self._tier)
             kind, *facts = json.loads(answer)
@@ -275,7 +279,14 @@ class Zygote:
         self._waiting[serial] = future
         try:
             self._send(what, serial, sizes)
-            return await asyncio.wait_for(future, _FORK_S)
+            # Not wait_for, which before Python 3.12 may take a cancellation for nothing.
+            async with asyncio.timeout(_FORK_S):
+                return await future
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                # It came, and nobody takes it any more.
+                _let_go(future.result())
+            raise
         finally:
             self._waiting.pop(serial, None)
 

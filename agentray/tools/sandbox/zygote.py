@@ -106,7 +106,6 @@ class _Child:
         "kept_bytes",
         "limits",
         "pid",
-        "proc",
         "scratch",
         "why",
     )
@@ -119,7 +118,6 @@ class _Child:
         self.folder = folder
         self.kept_bytes = -1
         self.limits: tuple[float, int] = (0.0, 0)
-        self.proc = -1
         self.why = ""
         self.census: census.Census | None = None
 
@@ -134,6 +132,10 @@ class _Zygote:
         self._scratches: dict[tuple[int, int], kernel.Tmpfs] = {}
         self._me = os.pidfd_open(os.getpid())
         self._enter = kernel.enter(kernel.CLONE_NEWPID)
+        # Without a namespace of pids, this is the machine's and says nothing of a run.
+        self._sees_processes = bool(jail.own & kernel.CLONE_NEWPID) and os.path.exists(
+            "/proc/1/stat"
+        )
         self._watched: set[int] = set()
         self._poll = select.poll()
         self._poll.register(_CONTROL, select.POLLIN)
@@ -246,21 +248,17 @@ class _Zygote:
 
     def _watch(self, serial: int, found: _Child, limits: tuple[float, int]) -> None:
         """Begin to count what a child uses, where it can be seen."""
-        if self._jail.proc is not None:
+        if self._sees_processes:
             found.limits = limits
+            found.census = census.Census(found.scratch)
             self._watched.add(serial)
 
     def _look(self, found: _Child) -> None:
         if found.census is None:
-            # Held, whatever its processes do to what can be seen of them.
-            proc = os.open(f"/proc/{found.pid}/root/proc", os.O_RDONLY)
-            if os.fstat(proc).st_dev == os.stat("/proc").st_dev:  # noqa: PTH116
-                # It has not mounted its own yet.
-                os.close(proc)
-                return
-            found.proc = proc
-            found.census = census.Census(proc, found.scratch)
-        cpu_s, memory_bytes = found.census.count()
+            return
+        others = {pid for each in self._children.values() for pid in (each.pid, each.init)}
+        others -= {found.pid, found.init}
+        cpu_s, memory_bytes = found.census.count(found.init, others | {*self._collectors.values()})
         why = "cpu" if cpu_s > found.limits[0] else ""
         if 0 < found.limits[1] < memory_bytes:
             why = "memory"
@@ -291,7 +289,7 @@ class _Zygote:
             self._tell(facts)
         self._watched.discard(serial)
         self._poll.unregister(ended)
-        self._close(ended, found.scratch, found.proc)
+        self._close(ended, found.scratch)
         if found.folder and found.kept_bytes < 0:
             child.remove(found.folder)
 

@@ -181,6 +181,22 @@ def test_what_is_not_owed_any_more_is_not_given_back_either() -> None:
     assert abs(served(popped(queue, 20))["ada"] - 10) <= 1
 
 
+@pytest.mark.parametrize("priority", ["interactive", "batch"])
+def test_who_comes_does_not_wait_for_others_to_use_what_they_were_given_back(
+    priority: Priority,
+) -> None:
+    queue = queue_of()
+    fill(queue, "ada", 500, cost=10.0, priority=priority)
+    begun = [queue.pop() for _ in range(16)]
+    for each in begun:
+        assert each is not None
+        # A hundredth of what was expected.
+        queue.charge(each, 0.1 - each.cost)
+        queue.ended(each)
+    queue.add(call("new", "bob"))
+    assert "new" in [each.key for each in popped(queue, 2)]
+
+
 # Classes
 
 

@@ -1,0 +1,806 @@
+"""Who gets a slot, and what becomes of calls when hosts, workers or the scheduler are lost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from agentray.tools.fair_queue import Share
+from agentray.tools.messages import (
+    Fenced,
+    Gone,
+    Granted,
+    Held,
+    Kill,
+    Peer,
+    Queued,
+    Refused,
+    Revoke,
+)
+from agentray.tools.roster import LOST_S
+from tests.unit.tools.lease_scene import Scene, key_of
+
+# Slots
+
+
+def test_a_free_slot_is_leased_at_once_and_its_worker_is_told_of_first() -> None:
+    scene = Scene()
+    scene.worker("w", slots=2)
+    scene.want("a")
+    kinds = [type(send.message) for send in scene.sent]
+    assert kinds == [Peer, Granted]
+    scene.granted("a")
+    scene.want("b")
+    assert scene.nothing_said(Peer) is False
+    assert scene.granted("b").worker == "w"
+    assert scene.said(Peer) == []
+
+
+def test_a_call_that_waits_is_told_where_it_stands_and_gets_the_next_slot() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.want("b")
+    scene.want("c")
+    assert [queued.position for queued in scene.said(Queued)] == [1, 2]
+    scene.finished("w", first.lease, "a")
+    assert scene.granted("b").lease != first.lease
+    scene.sent += scene.leases.places()
+    (queued,) = scene.said(Queued)
+    assert (queued.key, queued.position) == (key_of("c"), 1)
+    assert queued.wait_s > 0
+
+
+def test_calls_go_to_the_worker_with_the_most_free_slots() -> None:
+    scene = Scene()
+    scene.worker("small", slots=1)
+    scene.worker("large", slots=3)
+    for number in range(4):
+        scene.want(str(number))
+    workers = [granted.worker for granted in scene.said(Granted)]
+    assert sorted(workers) == ["large", "large", "large", "small"]
+    assert workers[0] == "large"
+
+
+def test_a_full_queue_refuses_with_the_time_after_which_to_try_again() -> None:
+    scene = Scene(share=Share(max_queued=2))
+    scene.worker("w")
+    for number in range(4):
+        scene.want(str(number))
+    (refused,) = scene.said(Refused)
+    assert (refused.key, refused.reason) == (key_of("3"), "queue_full")
+    assert refused.retry_after_s >= 1
+    assert scene.leases.state().queued == 2
+
+
+def test_what_makes_room_for_another_tenants_call_is_refused_at_its_host() -> None:
+    scene = Scene(max_queued=3)
+    scene.worker("w")
+    for number in range(4):
+        scene.want(str(number), link="flood", tenant="eve")
+    scene.want("mine", link="light", tenant="ada")
+    assert [refused.key for refused in scene.said(Refused, "flood")] == [key_of("3", "eve")]
+    assert scene.nothing_said(Refused, "light")
+
+
+def test_a_call_whose_deadline_passes_while_it_waits_is_dropped_with_that_reason() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.want("b", left_s=2.0)
+    scene.after(1.9)
+    assert scene.nothing_said(Refused)
+    scene.after(0.2)
+    assert [(said.key, said.reason) for said in scene.said(Refused)] == [(key_of("b"), "expired")]
+    scene.finished("w", first.lease, "a")
+    assert scene.nothing_said(Granted)
+
+
+def test_a_call_that_runs_is_not_touched_by_its_deadline() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", left_s=2.0)
+    scene.granted("a")
+    scene.after(3.0)
+    assert scene.nothing_said(Refused)
+    assert scene.nothing_said(Kill, "w")
+
+
+def test_who_asks_again_brings_a_new_deadline() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    scene.want("b", left_s=2.0)
+    scene.want("b", link="next", epoch=2, left_s=60.0)
+    scene.after(3.0)
+    assert scene.nothing_said(Refused, "next")
+    assert scene.leases.state().queued == 1
+
+
+def test_a_tenants_cap_holds_over_calls_that_end_and_are_lost() -> None:
+    scene = Scene(share=Share(max_running=2))
+    scene.worker("w", slots=8)
+    scene.worker("v", slots=8)
+    for number in range(6):
+        scene.want(str(number))
+    one, two = scene.said(Granted)
+    assert {one.worker, two.worker} == {"w", "v"}
+    scene.died(one.worker)
+    (three,) = scene.said(Granted)
+    scene.finished(two.worker, two.lease, "1")
+    assert len(scene.said(Granted)) == 1
+    assert three.worker == two.worker
+    assert scene.leases.state().running == 2
+
+
+def test_what_a_call_used_counts_for_who_is_next() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("0", tenant="ada")
+    for number in range(1, 6):
+        scene.want(str(number), tenant="ada")
+        scene.want(str(number), tenant="bob")
+    # It took 2 s of CPU, of which a slot has half a core: 4 slot-seconds.
+    first = scene.said(Granted)[0]
+    done = key_of("0", "ada")
+    scene.finished("w", first.lease, "0", wall_s=1.0, cpu_s=2.0)
+    tenants: list[str] = []
+    for _ in range(3):
+        (granted,) = scene.said(Granted)
+        tenant, _, key = granted.key.split("\0")
+        tenants.append(tenant)
+        scene.finished("w", granted.lease, key)
+    assert done not in tenants
+    assert tenants == ["bob"] * 3
+
+
+def test_a_call_is_charged_by_what_is_known_when_it_begins_not_when_it_was_asked_for() -> None:
+    scene = Scene()
+    scene.worker("w", slots=2)
+    scene.want("learn", tenant="ada")
+    learn = scene.said(Granted)[0]
+    scene.want("other", tenant="bob", tool="other")
+    for number in range(4):
+        scene.want(str(number), tenant="ada")
+        scene.want(str(number), tenant="bob", tool="other")
+    scene.said(Granted)
+    # Ada's calls take a hundredth of the second that a tool is taken to need at first.
+    scene.finished("w", learn.lease, "learn", wall_s=0.01)
+    tenants: list[str] = []
+    for _ in range(5):
+        (granted,) = scene.said(Granted)
+        tenant, _, key = granted.key.split("\0")
+        tenants.append(tenant)
+        wall_s = 0.01 if tenant == "ada" else 1.0
+        scene.finished("w", granted.lease, key, wall_s=wall_s)
+    assert tenants == ["ada"] * 4 + ["bob"]
+
+
+# Kills and fences
+
+
+def test_a_host_that_waits_no_longer_gives_its_place_up() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.want("b")
+    scene.left("b")
+    scene.left("a")
+    assert scene.said(Kill, "w") == [Kill(key_of("a"), 1)]
+    scene.finished("w", first.lease, "a", killed=True)
+    assert scene.nothing_said(Granted)
+    assert scene.leases.state().running == 0
+
+
+def test_a_lease_that_never_came_to_its_worker_is_taken_back() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.want("b")
+    scene.alive("w")
+    assert scene.nothing_said(Revoke, "w")
+    scene.after(3.0)
+    scene.alive("w")
+    assert scene.said(Revoke, "w") == [Revoke(first.lease)]
+    scene.revoked(first.lease)
+    assert scene.granted("b").lease > first.lease
+
+
+def test_a_lease_that_began_is_not_taken_back() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.after(3.0)
+    scene.alive("w", first.lease)
+    scene.alive("w")
+    assert scene.nothing_said(Revoke, "w")
+
+
+def test_a_fence_is_told_only_when_all_that_was_older_has_ended() -> None:
+    scene = Scene()
+    scene.worker("w", slots=2)
+    scene.want("a", link="old")
+    scene.want("b", link="old")
+    scene.want("waits", link="old")
+    one, two = scene.said(Granted, "old")
+    scene.fence(2)
+    assert {kill.key for kill in scene.said(Kill, "w")} == {key_of("a"), key_of("b")}
+    assert [(said.key, said.reason) for said in scene.said(Refused, "old")] == [
+        (key_of("waits"), "refused")
+    ]
+    scene.finished("w", one.lease, "a", killed=True)
+    assert scene.nothing_said(Fenced)
+    scene.finished("w", two.lease, "b", killed=True)
+    assert scene.said(Fenced) == [Fenced(1)]
+
+
+def test_a_fence_of_a_session_with_nothing_is_told_at_once() -> None:
+    scene = Scene()
+    scene.want("other", session="t")
+    scene.fence(2)
+    assert scene.said(Fenced) == [Fenced(1)]
+    assert scene.leases.state().queued == 1
+
+
+def test_an_older_owner_gets_no_slot_after_a_fence_or_a_newer_call() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.fence(3)
+    scene.want("a", epoch=2)
+    assert [said.reason for said in scene.said(Refused)] == ["refused"]
+    scene.want("b", epoch=4)
+    scene.granted("b")
+    scene.want("c", epoch=3)
+    assert [said.reason for said in scene.said(Refused)] == ["refused"]
+
+
+def test_a_newer_owner_that_asks_for_a_running_call_is_led_to_it() -> None:
+    scene = Scene()
+    scene.worker("w", slots=2)
+    scene.want("a", link="old")
+    first = scene.granted("a", to="old")
+    scene.alive("w", first.lease)
+    scene.want("a", link="new", epoch=2)
+    assert scene.granted("a", to="new") == Granted(key_of("a"), "w", 0)
+    assert scene.nothing_said(Kill, "w")
+    scene.fence(2, link="new")
+    assert scene.said(Fenced, "new") == [Fenced(1)]
+
+
+def test_what_an_older_owner_gives_up_late_does_not_end_the_newer_owners_question() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", link="old", on_crash="retry")
+    first = scene.granted("a", to="old")
+    scene.fence(2, link="new")
+    scene.want("a", link="new", epoch=2, on_crash="retry")
+    scene.left("a", link="old", epoch=1)
+    scene.finished("w", first.lease, "a", killed=True)
+    assert scene.granted("a", to="new").lease > first.lease
+
+
+def test_who_is_pushed_aside_by_another_question_for_the_same_call_is_told() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("busy", session="t")
+    scene.want("a", link="old")
+    scene.want("a", link="new", epoch=2)
+    assert [said.reason for said in scene.said(Refused, "old")] == ["refused"]
+    assert scene.leases.state().queued == 1
+
+
+def test_a_kill_that_its_worker_did_not_hear_is_said_again_when_it_is_back() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", link="old")
+    first = scene.granted("a", to="old")
+    scene.lost("w")
+    scene.fence(2)
+    scene.said(Kill, "w")
+    scene.after(1.0)
+    scene.worker("w", held=[scene.held("a", first.lease)])
+    assert scene.said(Kill, "w") == [Kill(key_of("a"), 1)]
+    assert scene.nothing_said(Fenced)
+    scene.finished("w", first.lease, "a", killed=True)
+    assert scene.said(Fenced) == [Fenced(1)]
+
+
+# Results
+
+
+def test_a_call_that_has_ended_is_not_run_again_while_its_result_is_kept() -> None:
+    scene = Scene()
+    scene.worker("w", slots=2)
+    scene.want("a", on_crash="retry")
+    first = scene.granted("a")
+    scene.finished("w", first.lease, "a")
+    scene.want("a", on_crash="retry", was_at="w")
+    assert scene.granted("a") == Granted(key_of("a"), "w", 0)
+    scene.leases.forgot("w", [key_of("a")])
+    scene.want("a", on_crash="retry", was_at="w")
+    assert scene.granted("a").lease > first.lease
+
+
+def test_a_call_that_began_and_left_no_result_is_reported_and_not_run_again() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.finished("w", first.lease, "a")
+    scene.leases.forgot("w", [key_of("a")])
+    scene.want("a", was_at="w")
+    assert [said.reason for said in scene.said(Refused)] == ["died"]
+    assert scene.nothing_said(Granted)
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize(("on_crash", "again"), [("retry", True), ("report", False)])
+def test_a_dead_workers_slots_are_free_and_its_calls_follow_their_on_crash(
+    on_crash: str, again: bool
+) -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.worker("v")
+    scene.want("a", on_crash=on_crash)
+    first = scene.granted("a")
+    other = ({"w", "v"} - {first.worker}).pop()
+    scene.died(first.worker)
+    assert scene.said(Gone) == [Gone(first.worker)]
+    assert scene.leases.state().running == 0
+    scene.want("a", on_crash=on_crash, was_at=first.worker)
+    if again:
+        assert scene.granted("a").worker == other
+    else:
+        assert [said.reason for said in scene.said(Refused)] == ["died"]
+        assert scene.nothing_said(Granted)
+
+
+@pytest.mark.parametrize("on_crash", ["retry", "report"])
+def test_who_asks_before_it_is_known_that_the_worker_died_is_answered_then(on_crash: str) -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", on_crash=on_crash)
+    first = scene.granted("a")
+    scene.alive("w", first.lease)
+    scene.lost("w")
+    scene.want("a", on_crash=on_crash, was_at="w")
+    assert scene.nothing_said(Granted)
+    scene.worker("v")
+    scene.after(LOST_S - 0.1)
+    assert scene.nothing_said(Granted)
+    assert scene.nothing_said(Refused)
+    scene.after(0.2)
+    if on_crash == "retry":
+        assert scene.granted("a").worker == "v"
+    else:
+        assert [said.reason for said in scene.said(Refused)] == ["died"]
+
+
+def test_a_worker_that_comes_back_in_time_goes_on_with_what_it_has() -> None:
+    scene = Scene()
+    scene.worker("w", slots=3)
+    for key in ("runs", "ended", "unread"):
+        scene.want(key, on_crash="retry")
+    leases = {granted.key: granted.lease for granted in scene.said(Granted)}
+    scene.alive("w", *leases.values())
+    scene.lost("w")
+    scene.want("runs", on_crash="retry", was_at="w")
+    scene.want("ended", on_crash="retry", was_at="w")
+    assert scene.nothing_said(Granted)
+    scene.after(1.0)
+    held = [scene.held("runs", leases[key_of("runs")])]
+    scene.worker("w", slots=3, held=held, kept=[key_of("ended"), key_of("unread")])
+    led = {granted.key: granted.lease for granted in scene.said(Granted)}
+    assert led == {key_of("ended"): 0, key_of("runs"): 0}
+    assert scene.leases.state().running == 1
+
+
+def test_a_process_in_the_place_of_another_takes_its_leases_back() -> None:
+    scene = Scene()
+    scene.worker("w1", name="actor")
+    scene.want("a", on_crash="retry")
+    scene.granted("a")
+    scene.worker("w2", name="actor")
+    assert scene.said(Gone) == [Gone("w1")]
+    scene.want("a", on_crash="retry", was_at="w1")
+    assert scene.granted("a").worker == "w2"
+
+
+def test_a_worker_that_was_given_up_has_to_begin_anew() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", on_crash="retry")
+    first = scene.granted("a")
+    scene.lost("w")
+    scene.after(LOST_S + 0.1)
+    scene.worker("w", held=[scene.held("a", first.lease)])
+    assert scene.said(Gone, "w") == [Gone("w")]
+    assert scene.leases.state().slots == 0
+
+
+def test_nothing_is_leased_at_a_worker_that_is_away() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.lost("w")
+    scene.want("a")
+    assert scene.nothing_said(Granted)
+    scene.worker("w")
+    scene.granted("a")
+
+
+# A scheduler in the place of another
+
+
+def test_nothing_is_leased_until_the_workers_have_told_what_they_run() -> None:
+    scene = Scene(expected=["one", "two"])
+    scene.worker("w1", name="one", slots=2)
+    scene.want("a")
+    assert scene.nothing_said(Granted)
+    scene.worker("w2", name="two", slots=2)
+    scene.granted("a")
+
+
+def test_a_worker_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    scene = Scene(expected=["one", "two"])
+    scene.worker("w1", name="one")
+    scene.want("a")
+    scene.after(7.9)
+    assert scene.nothing_said(Granted)
+    scene.after(0.2)
+    scene.granted("a")
+
+
+def test_a_call_that_runs_already_is_found_and_not_run_again() -> None:
+    scene = Scene(expected=["one"], first_lease=1_000)
+    scene.want("a", link="new", epoch=2, on_crash="retry")
+    scene.worker("w", name="one", slots=2, held=[scene.held("a", 7)])
+    assert scene.granted("a", to="new") == Granted(key_of("a"), "w", 0)
+    assert scene.leases.state() == type(scene.leases.state())(0, 1, 1, 2)
+    scene.finished("w", 7, "a")
+    assert scene.leases.state().running == 0
+
+
+def test_a_call_that_ended_meanwhile_is_found_and_not_run_again() -> None:
+    scene = Scene(expected=["one"])
+    scene.want("a", on_crash="retry")
+    scene.worker("w", name="one", kept=[key_of("a")])
+    assert scene.granted("a") == Granted(key_of("a"), "w", 0)
+    assert scene.leases.state().queued == 0
+
+
+def test_a_fence_is_not_told_before_it_is_known_what_runs() -> None:
+    scene = Scene(expected=["one"])
+    scene.fence(2)
+    assert scene.nothing_said(Fenced)
+    scene.worker("w", name="one", held=[scene.held("a", 7, epoch=1)])
+    assert scene.said(Kill, "w") == [Kill(key_of("a"), 1)]
+    assert scene.nothing_said(Fenced)
+    scene.finished("w", 7, "a", killed=True)
+    assert scene.said(Fenced) == [Fenced(1)]
+
+
+def test_the_epochs_of_calls_that_run_fence_older_ones() -> None:
+    scene = Scene(expected=["one", "two"])
+    scene.worker("w1", name="one", held=[scene.held("new", 7, epoch=5)])
+    scene.worker("w2", name="two", held=[scene.held("old", 8, epoch=4)])
+    assert scene.said(Kill, "w2") == [Kill(key_of("old"), 4)]
+    scene.want("late", epoch=4)
+    assert [said.reason for said in scene.said(Refused)] == ["refused"]
+
+
+def test_what_calls_ran_before_counts_against_their_tenant() -> None:
+    scene = Scene(expected=["one"])
+    scene.worker("w", name="one", held=[scene.held("long", 7, tenant="eve", ran_s=60.0)])
+    scene.want("a", tenant="eve")
+    scene.want("b", tenant="ada")
+    scene.after(0.1)
+    for key in ("c", "d", "e"):
+        scene.want(key, tenant="ada")
+    scene.worker("v", slots=3)
+    assert {granted.key.split("\0")[0] for granted in scene.said(Granted)} == {"ada"}
+
+
+def test_a_worker_that_comes_late_does_not_run_what_runs_elsewhere_by_now() -> None:
+    scene = Scene(expected=["one"], first_lease=1_000)
+    scene.worker("v")
+    scene.want("a", on_crash="retry")
+    scene.after(9.0)
+    scene.granted("a")
+    scene.worker("w", name="one", held=[scene.held("a", 7)])
+    assert scene.said(Kill, "w") == [Kill(key_of("a"), 1)]
+
+
+@pytest.mark.parametrize("on_crash", ["retry", "report"])
+def test_a_call_of_a_worker_that_did_not_come_back_follows_its_on_crash(on_crash: str) -> None:
+    scene = Scene(expected=["one"])
+    scene.worker("v")
+    scene.want("a", was_at="w", on_crash=on_crash)
+    assert scene.nothing_said(Granted)
+    scene.after(8.1)
+    if on_crash == "retry":
+        assert scene.granted("a").worker == "v"
+    else:
+        assert [said.reason for said in scene.said(Refused)] == ["died"]
+
+
+# Hosts that are lost
+
+
+def test_what_a_lost_host_waited_for_is_dropped_and_what_runs_goes_on() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", link="dies")
+    first = scene.granted("a", to="dies")
+    scene.want("b", link="dies")
+    scene.host_left("dies")
+    assert scene.leases.state().queued == 0
+    assert scene.nothing_said(Kill, "w")
+    scene.alive("w", first.lease)
+    scene.finished("w", first.lease, "a")
+    scene.want("a", link="next", epoch=2)
+    assert scene.granted("a", to="next") == Granted(key_of("a"), "w", 0)
+
+
+# Whatever happens
+
+KEYS = ("a", "b", "c", "d")
+
+
+class _Worker:
+    def __init__(self, number: int) -> None:
+        self.id = f"w{number}"
+        self.connected = True
+        self.jobs: dict[str, int] = {}
+        self.kept: set[str] = set()
+        self.void: set[int] = set()
+
+
+class _Question:
+    """A host's question for a call: what it knows of where it was."""
+
+    def __init__(self, on_crash: str) -> None:
+        self.on_crash = on_crash
+        self.was_at = ""
+        self.lead: Granted | None = None
+        self.asked = False
+
+
+class Pool(RuleBasedStateMachine):
+    """One host, workers with two slots, and a scheduler; each of them may be lost at any time.
+
+    Messages arrive at once or never: a broken connection is a lost worker here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scene = Scene()
+        self.workers: dict[str, _Worker] = {}
+        self.questions: dict[str, _Question] = {}
+        self.begun: list[tuple[str, str]] = []
+        self.settled: set[str] = set()
+        self.ran_to_end: list[str] = []
+        self.number = 0
+        self.schedulers = 0
+        self.start_worker()
+
+    def start_worker(self) -> None:
+        self.number += 1
+        worker = self.workers[f"w{self.number}"] = _Worker(self.number)
+        self.register(worker)
+
+    def register(self, worker: _Worker) -> None:
+        worker.connected = True
+        held: list[Held] = [
+            self.scene.held(key, lease, on_crash=self.questions[key].on_crash)
+            for key, lease in worker.jobs.items()
+        ]
+        self.scene.worker(worker.id, slots=2, held=held, kept=map(key_of, worker.kept))
+        self.deliver()
+
+    def ask(self, key: str) -> None:
+        question = self.questions[key]
+        question.asked, question.lead = True, None
+        self.scene.want(key, was_at=question.was_at, on_crash=question.on_crash)
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Have what was sent arrive."""
+        while self.scene.sent:
+            sent, self.scene.sent = self.scene.sent, []
+            for send in sent:
+                message = send.message
+                worker = self.workers.get(send.to)
+                match message:
+                    case Granted():
+                        self.granted(message)
+                    case Refused():
+                        key = message.key.split("\0")[2]
+                        self.settle(key)
+                        assert message.reason == "died"
+                        assert self.questions[key].on_crash == "report"
+                        assert self.questions[key].was_at
+                    case Kill() if worker is not None and worker.connected:
+                        key = message.key.split("\0")[2]
+                        if (lease := worker.jobs.pop(key, 0)) != 0:
+                            worker.void.add(lease)
+                            self.scene.finished(worker.id, lease, key, killed=True)
+                    case Revoke() if worker is not None and worker.connected:
+                        if message.lease not in worker.jobs.values():
+                            worker.void.add(message.lease)
+                            self.scene.revoked(message.lease)
+                    case Gone() if worker is not None:
+                        # It begins anew: nothing of what it ran or kept counts any more.
+                        del self.workers[worker.id]
+                        self.start_worker()
+                        self.lost(worker.id)
+                    case Gone():
+                        self.lost(message.worker)
+                    case _:
+                        pass
+
+    def granted(self, granted: Granted) -> None:
+        key = granted.key.split("\0")[2]
+        question = self.questions[key]
+        assert question.asked
+        question.asked, question.lead = False, granted
+
+    def settle(self, key: str) -> None:
+        self.settled.add(key)
+        self.questions[key].asked, self.questions[key].lead = False, None
+
+    def lost(self, worker: str) -> None:
+        for key, question in self.questions.items():
+            if question.lead is not None and question.lead.worker == worker:
+                question.lead = None
+                if key not in self.settled:
+                    self.ask(key)
+
+    @precondition(lambda self: len(self.questions) < len(KEYS))
+    @rule(on_crash=st.sampled_from(["retry", "report"]))
+    def asks(self, on_crash: str) -> None:
+        key = KEYS[len(self.questions)]
+        self.questions[key] = _Question(on_crash)
+        self.ask(key)
+
+    @precondition(lambda self: any(each.lead for each in self.questions.values()))
+    @rule(which=st.integers(0))
+    def host_reaches_worker(self, which: int) -> None:
+        leads = [(key, each) for key, each in self.questions.items() if each.lead is not None]
+        key, question = leads[which % len(leads)]
+        lead = question.lead
+        assert lead is not None
+        worker = self.workers.get(lead.worker)
+        if worker is None:
+            question.lead = None
+            self.ask(key)
+            return
+        if key in worker.jobs:
+            question.was_at = worker.id
+        elif key in worker.kept:
+            self.settle(key)
+        elif not lead.lease or lead.lease in worker.void:
+            question.lead = None
+            self.ask(key)
+        else:
+            question.was_at = worker.id
+            worker.jobs[key] = lead.lease
+            self.begun.append((key, question.on_crash))
+
+    @precondition(lambda self: any(each.lead for each in self.questions.values()))
+    @rule(which=st.integers(0))
+    def host_loses_worker(self, which: int) -> None:
+        leads = [key for key, each in self.questions.items() if each.lead is not None]
+        self.ask(leads[which % len(leads)])
+
+    @precondition(lambda self: any(each.jobs for each in self.workers.values()))
+    @rule(which=st.integers(0), told=st.booleans())
+    def call_ends(self, which: int, told: bool) -> None:
+        jobs = [(worker, key) for worker in self.workers.values() for key in worker.jobs]
+        worker, key = jobs[which % len(jobs)]
+        lease = worker.jobs.pop(key)
+        worker.void.add(lease)
+        worker.kept.add(key)
+        self.ran_to_end.append(key)
+        if told and self.questions[key].lead is not None:
+            self.settle(key)
+        if worker.connected:
+            self.scene.finished(worker.id, lease, key)
+            self.deliver()
+
+    @precondition(lambda self: self.workers)
+    @rule(which=st.integers(0))
+    def worker_dies(self, which: int) -> None:
+        worker = list(self.workers.values())[which % len(self.workers)]
+        del self.workers[worker.id]
+        self.scene.died(worker.id)
+        self.deliver()
+        self.lost(worker.id)
+        self.start_worker()
+
+    @precondition(lambda self: any(each.connected for each in self.workers.values()))
+    @rule(which=st.integers(0))
+    def worker_is_cut_off(self, which: int) -> None:
+        there = [each for each in self.workers.values() if each.connected]
+        worker = there[which % len(there)]
+        worker.connected = False
+        self.scene.lost(worker.id)
+
+    @precondition(lambda self: not all(each.connected for each in self.workers.values()))
+    @rule()
+    def workers_come_back(self) -> None:
+        for worker in list(self.workers.values()):
+            if not worker.connected:
+                self.register(worker)
+
+    @precondition(lambda self: len(self.workers) < 3)
+    @rule()
+    def another_worker(self) -> None:
+        self.start_worker()
+
+    @rule()
+    def scheduler_dies(self) -> None:
+        self.schedulers += 1
+        expected = list(self.workers)
+        self.scene = Scene(expected=expected, first_lease=1 + 1_000 * self.schedulers)
+        for worker in self.workers.values():
+            worker.connected = False
+        for key, question in self.questions.items():
+            if question.asked:
+                self.ask(key)
+
+    @rule()
+    def workers_beat(self) -> None:
+        self.scene.after(0.5)
+        self.deliver()
+        for worker in self.workers.values():
+            if worker.connected:
+                self.scene.alive(worker.id, *worker.jobs.values())
+                self.deliver()
+
+    @invariant()
+    def no_call_runs_twice(self) -> None:
+        running = [key for worker in self.workers.values() for key in worker.jobs]
+        assert len(running) == len(set(running))
+
+    @invariant()
+    def a_call_that_ended_is_not_begun_again_while_its_result_is_there(self) -> None:
+        kept = [key for worker in self.workers.values() for key in worker.kept]
+        assert len(kept) == len(set(kept))
+
+    @invariant()
+    def calls_to_be_reported_begin_once(self) -> None:
+        reported = [key for key, on_crash in self.begun if on_crash == "report"]
+        assert len(reported) == len(set(reported))
+
+    def teardown(self) -> None:
+        """No call is lost: with all connected and nothing dying any more, each one settles."""
+        for _ in range(60):
+            for worker in list(self.workers.values()):
+                if not worker.connected:
+                    self.register(worker)
+            self.workers_beat()
+            while any(each.lead for each in self.questions.values()):
+                before = [each.lead for each in self.questions.values()]
+                for _ in range(len(before)):
+                    if any(each.lead for each in self.questions.values()):
+                        self.host_reaches_worker(0)
+                if any(each.jobs for each in self.workers.values()):
+                    self.call_ends(0, True)
+                elif before == [each.lead for each in self.questions.values()]:
+                    break
+            while any(each.jobs for each in self.workers.values()):
+                self.call_ends(0, True)
+            if self.settled >= self.questions.keys():
+                return
+        raise AssertionError(f"not settled: {self.questions.keys() - self.settled}")
+
+
+TestPool = Pool.TestCase
