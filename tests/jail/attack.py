@@ -24,7 +24,7 @@ WORKED = b"ATTACK worked"
 REFUSED = b"ATTACK refused"
 
 BRIEF = Limits(
-    wall_s=5.0,
+    wall_s=10.0,
     cpu_s=5.0,
     memory_bytes=128 * 1024 * 1024,
     pids=16,
@@ -124,7 +124,7 @@ class Attack(msgspec.Struct, frozen=True):
     check: Callable[[Outcome], None] | None = None
     off: frozenset[str] = frozenset()
     works: Callable[[Outcome], bool] | None = None
-    within_s: float = 8.0
+    within_s: float = 12.0
     keep_scratch: bool = False
     only: Mode | None = None
     control_only: Mode | None = None

@@ -242,7 +242,7 @@ MEMORY = (
         body="""
         sys.setrecursionlimit(1 << 30)
         def deeper(depth):
-            return deeper(depth + 1) if depth < 3_000_000 else depth
+            return deeper(depth + 1) if depth < 1_200_000 else depth
         deeper(0)
         """,
         limits=SMALL,

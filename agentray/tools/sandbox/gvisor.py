@@ -189,7 +189,7 @@ class Runsc(Zygote):
 
     kind: Start = "cold"
     child_cpu_s = 0.5
-    child_bytes = 32 * 1024 * 1024
+    child_bytes = 48 * 1024 * 1024
     _first: Child | None = None
 
     async def start(self) -> None:

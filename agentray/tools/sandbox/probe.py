@@ -149,7 +149,7 @@ def _quotas(tier: Tier, found: cgroups.Found, *, watched: bool) -> tuple[Quota, 
     contained = tier != "process"
     watchdog: Enforcer = "rlimit and watchdog" if watched and contained else "rlimit"
     note = _TREE if watchdog != "rlimit" else _EACH
-    own = "the sandbox's own kernel is counted, too" if tier == "gvisor" else ""
+    own = "with 48 MiB more for the sandbox's own kernel" if tier == "gvisor" else ""
 
     def grouped(name: str, controller: str, note_: str = "") -> Quota:
         counted = controller in found.folders

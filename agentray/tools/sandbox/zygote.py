@@ -133,9 +133,8 @@ class _Zygote:
         self._me = os.pidfd_open(os.getpid())
         self._enter = kernel.enter(kernel.CLONE_NEWPID)
         # Without a namespace of pids, this is the machine's and says nothing of a run.
-        self._sees_processes = bool(jail.own & kernel.CLONE_NEWPID) and os.path.exists(
-            "/proc/1/stat"
-        )
+        isolated = bool(jail.own & kernel.CLONE_NEWPID)
+        self._sees_processes = isolated and os.access("/proc/1/stat", os.F_OK)
         self._watched: set[int] = set()
         self._poll = select.poll()
         self._poll.register(_CONTROL, select.POLLIN)
