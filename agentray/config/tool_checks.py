@@ -10,7 +10,7 @@ from agentray.config.source import Path
 
 __all__ = ["bad_tools"]
 
-_BUILT_IN = ("echo", "python", "shell")
+_BUILT_IN: tuple[str, ...] = ("echo", "python", "shell")
 
 # What models' endpoints take as the name of a function is up to 64 of these.
 _MOST_NAME_CHARS = 64
@@ -65,7 +65,7 @@ def _in_group(tool: str, groups: Mapping[str, str], tools: ToolsSettings) -> boo
 
 
 def _bad_names(tools: ToolsSettings) -> Iterator[tuple[Path, str]]:
-    taken = dict.fromkeys(_BUILT_IN, "a built-in tool")
+    taken: dict[str, str] = dict.fromkeys(_BUILT_IN, "a built-in tool")
     tool = "expected up to 64 letters, digits, _ and -"
     group = "expected up to 31 letters, digits, - and single _"
     for kind, entries, pattern, expected in (

@@ -27,6 +27,7 @@ __all__ = [
     "Sessions",
     "StreamItem",
     "TurnInfo",
+    "WaitingCall",
     "item_cursor",
 ]
 
@@ -94,8 +95,22 @@ class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
     origin: Literal["session", "conversation", "response"]
 
 
+class WaitingCall(msgspec.Struct, frozen=True):
+    """A tool call that waits for a worker: ``position`` calls are likely to begin before it, in
+    about ``wait_s`` it begins; as of the time ``at``."""
+
+    call_id: str
+    tool: str
+    position: int
+    wait_s: float
+    at: float
+
+
 class TurnInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn as the ``turns`` table has it; ``first_seq`` and ``last_seq`` bound its events."""
+    """A turn as the ``turns`` table has it; ``first_seq`` and ``last_seq`` bound its events.
+
+    ``waiting`` has its tool calls that wait for a worker, as far as that is known.
+    """
 
     id: str
     session_id: str
@@ -113,6 +128,7 @@ class TurnInfo(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     error: TurnError | None = None
     usage: Usage | None = None
+    waiting: list[WaitingCall] = []
 
 
 class Sessions(Protocol):

@@ -15,7 +15,7 @@ from agentray.config.settings import BreakerSettings, CacheSettings, Settings
 from agentray.errors import ToolError
 from agentray.models.breaker import Breaker
 from agentray.sessions.tool_calls import ToolCalls
-from agentray.storage.base import ScratchStore
+from agentray.storage.base import ScratchStore, WaitingStore
 from agentray.storage.redis_answers import RedisAnswers
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
@@ -51,6 +51,7 @@ class OwnerTools:
         agents: Agents,
         locate: Locate | None,
         scratch: ScratchStore,
+        waiting: WaitingStore,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -77,6 +78,7 @@ class OwnerTools:
             agents=agents,
             pool=self._client,
             scratch=scratch,
+            waiting=waiting,
             clock=clock,
             queue_s=settings.tools.workers.max_wait_s,
         )

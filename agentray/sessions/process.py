@@ -105,6 +105,7 @@ class OwnerProcess:
             agents=self.agents,
             locate=locate,
             scratch=self.store.scratch,
+            waiting=self.redis,
             clock=clock,
             metrics=self.metrics,
         )
@@ -161,6 +162,7 @@ class OwnerProcess:
         self.sessions = SessionService(
             store=self.store,
             scratch=self.store.scratch,
+            waiting=self.redis,
             hot=self.redis,
             wire=self.redis,
             ownership=self.ownership,

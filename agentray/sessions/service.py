@@ -26,7 +26,15 @@ from agentray.errors import (
 from agentray.events import AnyEvent, Message, TurnOptions, decode_event
 from agentray.ids import check_name, check_session_id, new_session_id, new_turn_id
 from agentray.sessions.actor import SessionActor
-from agentray.sessions.base import Cursor, IfBusy, Placement, SessionInfo, StreamItem, TurnInfo
+from agentray.sessions.base import (
+    Cursor,
+    IfBusy,
+    Placement,
+    SessionInfo,
+    StreamItem,
+    TurnInfo,
+    WaitingCall,
+)
 from agentray.sessions.following import Following
 from agentray.sessions.infos import TurnSummary, session_info, turn_info
 from agentray.sessions.ownership import Ownership
@@ -41,6 +49,7 @@ from agentray.storage.base import (
     SessionRow,
     TurnBirth,
     TurnRow,
+    WaitingStore,
     Wire,
 )
 from agentray.telemetry.logging import get_logger
@@ -56,6 +65,7 @@ Origin = Literal["session", "conversation", "response"]
 _END_OF_TIME = 253_402_300_800.0
 
 _encode = msgspec.json.Encoder().encode
+_waiting = msgspec.json.Decoder(WaitingCall)
 
 
 class SessionService:
@@ -66,6 +76,7 @@ class SessionService:
         *,
         store: DurableStore,
         scratch: ScratchStore,
+        waiting: WaitingStore,
         hot: HotStore,
         wire: Wire,
         ownership: Ownership,
@@ -80,6 +91,7 @@ class SessionService:
     ) -> None:
         self._store = store
         self._scratch = scratch
+        self._waiting = waiting
         self._hot = hot
         self._wire = wire
         self._ownership = ownership
@@ -365,7 +377,11 @@ class SessionService:
             if len(bodies) < 1_000:
                 break
             after += len(bodies)
-        return turn_info(session_id, row, summary)
+        info = turn_info(session_id, row, summary)
+        if info.state != "running":
+            return info
+        found = await self._waiting.waiting(tenant, session_id)
+        return msgspec.structs.replace(info, waiting=[_waiting.decode(place) for place in found])
 
     async def latest_turn(self, tenant: str, session_id: str) -> str | None:
         actor = self._residents.find((tenant, session_id))

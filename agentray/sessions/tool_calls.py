@@ -14,8 +14,10 @@ from agentray.errors import AgentRayError, ToolError
 from agentray.events import ToolCall
 from agentray.models.checks import arguments_problem
 from agentray.sessions.actor import SessionActor
-from agentray.storage.base import ScratchStore
+from agentray.sessions.base import WaitingCall
+from agentray.storage.base import ScratchStore, WaitingStore
 from agentray.telemetry.logging import get_logger
+from agentray.tools.client import OnQueued
 from agentray.tools.runner import Ask, Priority
 from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
 
@@ -30,7 +32,7 @@ _REMEMBERED_BYTES = 64 * 1024
 class ToolPool(Protocol):
     """The pool of tool workers: see ``ToolClient``."""
 
-    async def call(self, ask: Ask) -> ToolResult: ...
+    async def call(self, ask: Ask, *, on_queued: OnQueued | None = None) -> ToolResult: ...
 
     async def fence(self, tenant: str, session_id: str, epoch: int) -> None: ...
 
@@ -60,6 +62,7 @@ class ToolCalls:
         agents: Agents,
         pool: ToolPool | None,
         scratch: ScratchStore,
+        waiting: WaitingStore,
         clock: Clock,
         queue_s: float,
     ) -> None:
@@ -69,6 +72,7 @@ class ToolCalls:
         self.shared: SharedResults | None = None
         """Where results are shared, if any tool has its results shared."""
         self._scratch = scratch
+        self._waiting = waiting
         self._clock = clock
         self._queue_s = queue_s
 
@@ -99,12 +103,13 @@ class ToolCalls:
             if spec.keeps_scratch:
                 async with files:
                     return await self._run_on_files(self._pool, actor, spec, call, key, seq)
-            ask = self._ask(actor, spec, call, key)
+            ask, pool = self._ask(actor, spec, call, key), self._pool
             if spec.cache_s and self.shared is not None:
                 arguments = msgspec.json.decode(ask.arguments, type=dict[str, Any])
-                pool = self._pool
-                return await self.shared.get(spec, actor.tenant, arguments, lambda: pool.call(ask))
-            return await self._pool.call(ask)
+                return await self.shared.get(
+                    spec, actor.tenant, arguments, lambda: self._in_pool(pool, call, ask)
+                )
+            return await self._in_pool(pool, call, ask)
         except AgentRayError as error:
             log.warning("tool_not_run", tool=call.name, code=error.code, error=error.message)
             return ToolResult("error", f"Not run: {error.message}.", "failed")
@@ -135,7 +140,7 @@ class ToolCalls:
     ) -> ToolResult:
         """Run a call in the session's working directory, and keep what it leaves there."""
         found = await self._files(actor, seq)
-        result = await pool.call(self._ask(actor, spec, call, key, found))
+        result = await self._in_pool(pool, call, self._ask(actor, spec, call, key, found))
         left = result.scratch
         if left is not None and left != found:
             kept = await self._scratch.write_scratch(
@@ -144,6 +149,28 @@ class ToolCalls:
             if kept:
                 actor.files = (seq, left) if len(left) <= _REMEMBERED_BYTES else None
         return msgspec.structs.replace(result, scratch=None)
+
+    async def _in_pool(self, pool: ToolPool, call: ToolCall, ask: Ask) -> ToolResult:
+        """Run a call in the pool; where it waits is to be seen until it ends."""
+        telling: asyncio.Task[None] | None = None
+
+        def tell(position: int, wait_s: float) -> None:
+            nonlocal telling
+            if telling is not None and not telling.done():
+                return
+            place = WaitingCall(call.call_id, call.name, position, wait_s, self._clock.now())
+            telling = asyncio.get_running_loop().create_task(
+                self._waiting.put_waiting(
+                    ask.tenant, ask.session_id, call.call_id, msgspec.json.encode(place)
+                )
+            )
+
+        try:
+            return await pool.call(ask, on_queued=tell)
+        finally:
+            if telling is not None:
+                await telling
+                await self._waiting.put_waiting(ask.tenant, ask.session_id, call.call_id, None)
 
     async def _files(self, actor: SessionActor, seq: int) -> bytes:
         """Return what the call in front of ``seq`` left."""

@@ -24,6 +24,7 @@ __all__ = [
     "SessionRow",
     "TurnBirth",
     "TurnRow",
+    "WaitingStore",
     "Wire",
 ]
 
@@ -357,6 +358,20 @@ class HotStore(Protocol):
 
     def forget(self, tenant: str, session_id: str) -> None:
         """Forget what this process knows of a session's copy, which stays where it is."""
+        ...
+
+
+class WaitingStore(Protocol):
+    """What of a session waits in the tool pool's queue. It may forget; no method raises."""
+
+    async def put_waiting(
+        self, tenant: str, session_id: str, call_id: str, place: bytes | None
+    ) -> None:
+        """Note the place of a call, or with None that it waits no longer."""
+        ...
+
+    async def waiting(self, tenant: str, session_id: str) -> list[bytes]:
+        """Return the places of a session's calls."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -20,6 +20,7 @@ __all__ = ["RedisStore"]
 
 _FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
 _TAIL_TTL_S = 900
+_WAITING_TTL_S = 60
 _RETRY_PAUSE_S = 0.5
 _TAIL_PATIENCE_S = 4.0
 _GATHER_S = 0.005
@@ -295,6 +296,33 @@ class RedisStore:
                 await asyncio.sleep(_RETRY_PAUSE_S)
             finally:
                 await pubsub.aclose()
+
+    # Calls that wait for a tool worker
+
+    async def put_waiting(
+        self, tenant: str, session_id: str, call_id: str, place: bytes | None
+    ) -> None:
+        """Note the place of a call, or with None that it waits no longer."""
+        key = f"ar:wait:{tenant}/{session_id}"
+        with contextlib.suppress(*_FAILURES):
+            if place is None:
+                await cast("Awaitable[int]", self._redis.hdel(key, call_id))
+                return
+            async with self._redis.pipeline(transaction=False) as both:
+                both.hset(key, call_id, place)  # pyright: ignore[reportArgumentType]
+                both.expire(key, _WAITING_TTL_S)
+                await both.execute()
+
+    async def waiting(self, tenant: str, session_id: str) -> list[bytes]:
+        """Return the places of a session's calls."""
+        if not self.available:
+            return []
+        try:
+            key = f"ar:wait:{tenant}/{session_id}"
+            return await cast("Awaitable[list[bytes]]", self._redis.hvals(key))
+        except _FAILURES:
+            self._failed()
+            return []
 
     # Hints for the router of Python handles
 

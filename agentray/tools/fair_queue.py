@@ -2,18 +2,15 @@
 
 Start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996) on two levels: over the priority
 classes, which have fixed weights so that none starves, and within a class over tenants by their
-weights. A flow's tag is the virtual time at which its next call begins: it moves on by cost /
-weight, by the estimate when a call is dispatched, while it runs if it takes longer, and by the
-difference at its end. The flow with the least tag is next. One that had nothing to run begins at
-the virtual time of now: nobody saves up. While nothing waits, time goes on to the greatest tag:
-nobody owes for slots that others did not want.
+weights. A call moves the tags of both on by cost / weight: by the estimate when it begins, while
+it runs if it takes longer, and by the difference at its end. What a tag is, and who is first, is
+in :mod:`agentray.tools.tag_order`.
 
 Pure: nothing here knows of time, workers or processes.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from agentray.tools.runner import Priority
+from agentray.tools.tag_order import Entrant, TagOrder
 
 __all__ = ["CLASS_WEIGHTS", "Call", "FairQueue", "Place", "Queue", "Share"]
 
@@ -117,48 +115,32 @@ class _Tenant:
         return not self.running and not self.queued
 
 
-class _Flow:
-    """A tenant's calls of one class."""
+class _Flow(Entrant):
+    """A tenant's calls of one class; it waits while it can run one."""
 
-    __slots__ = ("calls", "entry", "level", "load", "tag", "tenant")
+    __slots__ = ("calls", "level", "load", "tenant")
 
     def __init__(self, level: _Level, tenant: _Tenant) -> None:
+        super().__init__()
         self.level = level
         self.tenant = tenant
         self.calls: OrderedDict[str, Call] = OrderedDict()
-        self.tag = 0.0
         self.load = Load()
-        # The number of its entry in the heap that counts; 0 while it cannot run anything.
-        self.entry = 0
 
 
-class _Level:
-    """A priority class: its flows, those that can run a call ordered by tag."""
+class _Level(Entrant):
+    """A priority class; it waits while one of its flows does."""
 
-    __slots__ = (
-        *("flows", "floor", "heap", "load", "now", "rank", "tag", "top", "waiting", "waits"),
-        "weight",
-    )
+    __slots__ = ("flows", "load", "order", "waiting", "weight")
 
     def __init__(self, rank: int, weight: float) -> None:
-        self.rank = rank
+        super().__init__(rank)
         self.weight = weight
-        self.tag = self.now = 0.0
-        # The greatest tag of a flow so far, and what it was when nothing waited last.
-        self.top = self.floor = 0.0
+        self.order: TagOrder[_Flow] = TagOrder()
         self.flows: dict[str, _Flow] = {}
         # Those that have calls: of thousands of tenants a few.
         self.waiting: dict[_Flow, None] = {}
-        self.heap: list[tuple[float, int, _Flow]] = []
         self.load = Load()
-        self.waits = False
-
-    def first(self) -> _Flow | None:
-        """Return the flow whose call is next."""
-        heap = self.heap
-        while heap and heap[0][2].entry != heap[0][1]:
-            heapq.heappop(heap)
-        return heap[0][2] if heap else None
 
 
 class FairQueue:
@@ -177,8 +159,7 @@ class FairQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._resting: OrderedDict[str, None] = OrderedDict()
         self._where: dict[str, _Flow] = {}
-        self._now = self._floor = 0.0
-        self._entries = 0
+        self._order: TagOrder[_Level] = TagOrder()
 
     def __len__(self) -> int:
         return len(self._where)
@@ -214,14 +195,13 @@ class FairQueue:
 
     def pop(self) -> Call | None:
         """Take the next call out, which begins, and charge its estimate; None if none can run."""
-        levels = [level for level in self._levels.values() if self._can_run(level)]
-        if not levels:
+        level = self._order.first()
+        if level is None:
             return None
-        level = min(levels, key=lambda each: (each.tag, each.rank))
-        flow = level.first()
+        flow = level.order.first()
         assert flow is not None
-        self._now = max(self._now, level.tag)
-        level.now = max(level.now, flow.tag)
+        self._order.begin(level)
+        level.order.begin(flow)
         call = self._take(flow, next(iter(flow.calls)))
         self.began(call)
         return call
@@ -233,20 +213,15 @@ class FairQueue:
         if flow.tenant.capped:
             for level in self._levels.values():
                 if (other := level.flows.get(call.tenant)) is not None:
-                    other.entry = 0
+                    self._leave(other)
         self.charge(call, call.cost)
 
     def charge(self, call: Call, cost: float) -> None:
         """Charge what a call has cost beyond its charges so far; what is less than nothing is
         given back."""
         flow = self._flow(call)
-        level = flow.level
-        # What is not owed any more cannot be given back.
-        flow.tag = max(flow.tag + cost / flow.tenant.share.weight, level.floor)
-        level.top = max(level.top, flow.tag)
-        level.tag = max(level.tag + cost / level.weight, self._floor)
-        if flow.entry:
-            self._push(flow)
+        flow.level.order.charge(flow, cost / flow.tenant.share.weight)
+        self._order.charge(flow.level, cost / flow.level.weight)
 
     def ended(self, call: Call) -> None:
         """A call that ran has ended, or never began; charge the difference before."""
@@ -278,16 +253,15 @@ class FairQueue:
         which stands for what those that run still need."""
         # What begins before the virtual time at which it does: of its class, then of the others.
         level = flow.level
-        begins = flow.tag + ahead.cost / flow.tenant.share.weight
+        begins = level.order.tag(flow) + ahead.cost / flow.tenant.share.weight
         for other in level.waiting:
             if other is not flow:
-                ahead += other.load.due((begins - other.tag) * other.tenant.share.weight)
-        others = [each for each in self._levels.values() if each is not level]
-        self._can_run(level)
-        begins = level.tag + ahead.cost / level.weight
-        for each in others:
-            if self._can_run(each):
-                ahead += each.load.due((begins - each.tag) * each.weight)
+                due = begins - level.order.tag(other)
+                ahead += other.load.due(due * other.tenant.share.weight)
+        begins = self._order.tag(level) + ahead.cost / level.weight
+        for each in self._levels.values():
+            if each is not level and each.entry:
+                ahead += each.load.due((begins - self._order.tag(each)) * each.weight)
         # What was added and taken away again leaves a rounding error, below nothing too.
         return Place(1 + max(0, int(ahead.calls)), max(0.0, ahead.wall_s) / max(1, slots))
 
@@ -310,46 +284,23 @@ class FairQueue:
         flow.tenant.queued -= 1
         del self._where[key]
         if not flow.calls:
-            flow.entry = 0
+            self._leave(flow)
             del level.waiting[flow]
         level.load = level.load + less if level.waiting else Load()
         return call
 
-    def _can_run(self, level: _Level) -> bool:
-        waits = level.first() is not None
-        if waits and not level.waits:
-            others = (each.tag for each in self._levels.values() if each.waits and each.first())
-            level.tag = max(level.tag, min([self._now, *others]))
-        level.waits = waits
-        return waits
-
     def _enter(self, flow: _Flow) -> None:
         """Let a flow be picked that has a call and may run it."""
-        if not flow.calls or flow.entry or flow.tenant.capped:
-            return
-        level = flow.level
-        first = level.first()
-        if first is None:
-            level.now = level.floor = level.top
-            levels = self._levels.values()
-            if not any(each.first() for each in levels):
-                self._now = self._floor = max(each.tag for each in levels)
-                for each in levels:
-                    each.waits = False
-        # Who was given something back is behind: who comes does not wait until it has caught up.
-        begins = level.now if first is None else min(level.now, first.tag)
-        flow.tag = max(flow.tag, begins)
-        self._push(flow)
+        if flow.calls and not flow.tenant.capped:
+            flow.level.order.enter(flow)
+            self._order.enter(flow.level)
 
-    def _push(self, flow: _Flow) -> None:
-        self._entries += 1
-        flow.entry = self._entries
-        heap = flow.level.heap
-        heapq.heappush(heap, (flow.tag, flow.entry, flow))
-        if len(heap) > 64 + 4 * len(flow.level.flows):
-            # Each charge leaves an entry behind that no longer counts.
-            heap[:] = [entry for entry in heap if entry[2].entry == entry[1]]
-            heapq.heapify(heap)
+    def _leave(self, flow: _Flow) -> None:
+        """Let a flow be picked no longer."""
+        level = flow.level
+        level.order.leave(flow)
+        if level.order.first() is None:
+            self._order.leave(level)
 
     def _longest(self, newcomer: _Flow) -> _Flow:
         def length(flow: _Flow) -> tuple[int, float]:
@@ -369,7 +320,7 @@ class FairQueue:
             if not self._tenants[oldest].rests:
                 continue
             flows = [level.flows.get(oldest) for level in self._levels.values()]
-            if any(flow is not None and flow.tag > flow.level.now for flow in flows):
+            if any(flow is not None and flow.level.order.owes(flow) for flow in flows):
                 self._resting[oldest] = None
                 continue
             for level in self._levels.values():

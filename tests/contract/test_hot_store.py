@@ -234,6 +234,8 @@ async def use_all(store: RedisStore) -> None:
     await store.publish([("o", b"m")])
     await store.hint_owner("t", "s", "r")
     assert await store.owner_hint("t", "s") is None
+    await store.put_waiting("t", "s", "c", b"place")
+    assert await store.waiting("t", "s") == []
     await store.post_metrics("h", b"p", ttl_s=1.0)
     assert await store.read_metrics() == {}
 
@@ -375,6 +377,19 @@ async def test_messages_reach_their_owner_in_order_also_behind_a_restart(
     assert b"not for us" not in heard
     listening.cancel()
     await asyncio.wait([listening])
+
+
+async def test_calls_that_wait_are_seen_by_all(services: Services, store: RedisStore) -> None:
+    another = new_store(services)
+    await store.put_waiting("t", "s", "a", b"far")
+    await store.put_waiting("t", "s", "b", b"first")
+    await store.put_waiting("t", "s", "a", b"near")
+    assert sorted(await another.waiting("t", "s")) == [b"first", b"near"]
+    assert await another.waiting("u", "s") == []
+    await store.put_waiting("t", "s", "a", None)
+    await store.put_waiting("t", "s", "b", None)
+    assert await another.waiting("t", "s") == []
+    await another.close()
 
 
 async def test_hints_and_metrics_are_shared(services: Services, store: RedisStore) -> None:

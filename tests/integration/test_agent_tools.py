@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from tests.followed_turn import script
-from tests.integration.wire import Session
+from tests.integration.wire import Session, eventually
 from tests.services import Services
 from tests.system import System
 
@@ -104,6 +104,31 @@ def test_files_are_kept_between_turns_and_can_be_fetched(http: httpx.Client) -> 
     assert [file["path"] for file in files] == ["notes.txt"]
     content = http.get(f"/v1/sessions/{session.id}/files/content", params={"path": "notes.txt"})
     assert content.content == b"from the first turn"
+
+
+def test_where_a_call_waits_in_the_queue_is_told_with_its_turn(http: httpx.Client) -> None:
+    sleep = script("{tool_results}", tools=[call("python", code="import time; time.sleep(1)")])
+    turns: list[tuple[Session, str]] = []
+    # As many as the pool has slots for at most, and one more: it waits until another has ended.
+    for _ in range(4 * 8 + 1):
+        session = Session.make(http, agent="tooled")
+        turns.append((session, session.begin(sleep)))
+
+    def waiting() -> Any:
+        for session, turn_id in turns:
+            turn = http.get(f"/v1/sessions/{session.id}/turns/{turn_id}").json()
+            if turn["waiting"]:
+                return turn["waiting"]
+        return None
+
+    (place,) = eventually(waiting, what="a call is seen to wait")
+    assert place["tool"] == "python"
+    assert place["position"] >= 0
+    assert place["wait_s"] > 0
+    for session, turn_id in turns:
+        ended = session.ended(turn_id)
+        assert ended["status"] == "completed"
+        assert ended["waiting"] == []
 
 
 def test_an_agent_has_no_other_tools_than_its_own(client: OpenAI) -> None:

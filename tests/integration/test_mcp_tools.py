@@ -289,7 +289,7 @@ async def test_a_server_that_sends_what_it_may_not_fails_its_call_alone(
         assert await other.call("add", a=1, b=2) == "3"
         worst = max(worst, time.monotonic() - began)
     assert (await call).fields["reason"] in ("upstream", "timeout")
-    assert worst < 1.0
+    assert worst < 1.5
 
 
 async def test_a_message_that_is_too_large_is_not_taken_in(start: Start) -> None:

@@ -58,22 +58,24 @@ PROCESSES = (
     Attack(
         name="fork bomb that doubles",
         body="""
+        first = os.getpid()
         counted = os.open("count", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         try:
             for _ in range(6):
                 os.fork()
         except OSError:
-            pass
+            open("refused", "w").close()
         os.write(counted, b"x")
-        if os.path.getsize("count") < 64:
-            time.sleep(0.5)
-        if os.getpid() != facts_pid:
+        until = time.monotonic() + 8
+        while os.path.getsize("count") < 64 and time.monotonic() < until:
+            if os.path.exists("refused"):
+                break
+            time.sleep(0.01)
+        if os.getpid() != first:
             os._exit(0)
         if os.path.getsize("count") < 64:
             raise Refused("%d processes" % os.path.getsize("count"))
-        """.replace("facts_pid", "first").replace(
-            "counted = os.open(", "first = os.getpid()\n        counted = os.open("
-        ),
+        """,
         off=frozenset({"pids"}),
     ),
     Attack(

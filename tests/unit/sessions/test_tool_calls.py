@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -14,8 +15,10 @@ from agentray.config.settings import AgentSettings
 from agentray.errors import ToolError
 from agentray.events import Message, ToolCall, TurnAccepted
 from agentray.sessions.actor import SessionActor
+from agentray.sessions.base import WaitingCall
 from agentray.sessions.state import Rules, SessionState
 from agentray.sessions.tool_calls import ToolCalls
+from agentray.tools.client import OnQueued
 from agentray.tools.runner import Ask
 from agentray.tools.sandbox.base import PythonCode
 from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
@@ -51,13 +54,18 @@ class Pool:
         self.failure: ToolError | None = None
         self.running = 0
         self.most = 0
+        self.place: tuple[int, float] | None = None
+        self.goes_on = asyncio.Event()
 
-    async def call(self, ask: Ask) -> ToolResult:
+    async def call(self, ask: Ask, *, on_queued: OnQueued | None = None) -> ToolResult:
         if self.failure is not None:
             raise self.failure
         self.asks.append(ask)
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.place is not None and on_queued is not None:
+            on_queued(*self.place)
+            await self.goes_on.wait()
         await asyncio.sleep(0)
         self.running -= 1
         letter = chr(ord("a") + len(self.asks) - 1).encode()
@@ -90,9 +98,32 @@ class Scratch:
         return epoch == self.epoch
 
 
+class Waiting:
+    """The places of the calls that wait, with all that was ever told."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, bytes] = {}
+        self.told: list[WaitingCall] = []
+        self.was_told = asyncio.Event()
+
+    async def put_waiting(
+        self, tenant: str, session_id: str, call_id: str, place: bytes | None
+    ) -> None:
+        if place is None:
+            del self.now[call_id]
+        else:
+            self.now[call_id] = place
+            self.told.append(msgspec.json.decode(place, type=WaitingCall))
+            self.was_told.set()
+
+    async def waiting(self, tenant: str, session_id: str) -> list[bytes]:
+        return list(self.now.values())
+
+
 class World:
     def __init__(self) -> None:
         self.pool = Pool()
+        self.waiting = Waiting()
         self.scratch = Scratch()
         self.files = asyncio.Lock()
         agent = AgentSettings(tools=("shout", "ask", "python"))
@@ -101,6 +132,7 @@ class World:
             agents=Agents({"assistant": agent}),
             pool=self.pool,
             scratch=self.scratch,
+            waiting=self.waiting,
             clock=ManualClock(),
             queue_s=5.0,
         )
@@ -210,3 +242,22 @@ async def test_a_background_turn_waits_behind_those_that_somebody_waits_for(worl
     world.actor.state = replace(world.actor.state, turn=replace(turn, options=options))
     await world.run("ask")
     assert world.pool.asks[0].priority == "background"
+
+
+@pytest.mark.parametrize("ends", ["well", "cancelled"])
+async def test_where_a_call_waits_is_to_be_seen_until_it_ends(ends: str) -> None:
+    world = World()
+    world.pool.place = (3, 1.5)
+    call = ToolCall("c1", "ask", "{}")
+    running = asyncio.create_task(world.calls.run(world.actor, call, "turn/c1", 5, world.files))
+    await asyncio.wait_for(world.waiting.was_told.wait(), 5)
+    assert [(p.call_id, p.tool, p.position, p.wait_s) for p in world.waiting.told] == [
+        ("c1", "ask", 3, 1.5)
+    ]
+    if ends == "well":
+        world.pool.goes_on.set()
+    else:
+        running.cancel()
+    await asyncio.wait({running})
+    assert running.cancelled() == (ends == "cancelled")
+    assert not world.waiting.now
