@@ -70,7 +70,10 @@ async def test_an_answer_survives_the_death_of_its_owner_letter_for_letter(syste
     assert all(event.continues for event in voided)
     assert 0 < len(voided[0].text) < len(turn.text)
     # The model is deterministic: continued, it says what it says uninterrupted. The limit of
-    # tokens holds for each call, so the continued text is longer.
-    assert len(whole.text) >= TOKENS // 2
-    assert turn.text.startswith(whole.text)
+    # tokens holds for each call, so a text that was continued is longer; on a machine that stands
+    # still that can be both.
+    shared = min(len(whole.text), len(turn.text))
+    assert shared >= TOKENS // 2
+    assert shared > len(voided[0].text)
+    assert turn.text[:shared] == whole.text[:shared]
     assert turn.status == whole.status == "incomplete"

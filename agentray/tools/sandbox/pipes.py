@@ -81,6 +81,8 @@ class Drain:
             self.closed = True
             if self._watched:
                 self._loop.remove_reader(self.descriptor)
+            # Whoever waits to write to it: the loop must not know a number that others get.
+            self._loop.remove_writer(self.descriptor)
             os.close(self.descriptor)
 
     def _readable(self) -> None:

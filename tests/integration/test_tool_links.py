@@ -1,0 +1,311 @@
+"""Hosts, scheduler and workers of the tool pool: real connections, one process, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agentray.clock import SystemClock
+from agentray.errors import NotReadyError
+from agentray.tools import roster as roster_module
+from agentray.tools.client import ToolClient, ToolPoolUnreachableError
+from agentray.tools.cost import Estimates, SlotShare
+from agentray.tools.dispatch import Dispatch
+from agentray.tools.fair_queue import FairQueue, Share
+from agentray.tools.leases import Leases
+from agentray.tools.location import Location
+from agentray.tools.messages import Hello, Run
+from agentray.tools.roster import Roster
+from agentray.tools.runner import Ask
+from agentray.tools.spec import ToolResult
+from agentray.tools.wire import Link, connect, listen
+from agentray.tools.workplace import Workplace
+from tests.tool_pool import ask
+
+CLOCK = SystemClock()
+HOST = "127.0.0.1"
+SLOT = SlotShare(1.0, 1e9)
+
+
+class Notes:
+    """What ran, of all workers."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.killed: Counter[str] = Counter()
+        self.may_end = asyncio.Event()
+        self.may_die = asyncio.Event()
+        self.may_die.set()
+
+
+class HeldRunner:
+    """Runs a call until it may end; one that is killed dies when it may."""
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+
+    async def run(self, call: Ask) -> ToolResult:
+        self._notes.begun[call.call_key] += 1
+        try:
+            await self._notes.may_end.wait()
+        except asyncio.CancelledError:
+            await self._notes.may_die.wait()
+            self._notes.killed[call.call_key] += 1
+            raise
+        self._notes.ended[call.call_key] += 1
+        return ToolResult("ok", call.call_key)
+
+    async def close(self) -> None:
+        pass
+
+
+class Gate:
+    """Finds the scheduler while it is open."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self.open = True
+        self._dispatch = dispatch
+
+    async def __call__(self) -> Location:
+        if not self.open:
+            raise NotReadyError("the gate is shut")
+        return Location(HOST, self._dispatch.port, "secret")
+
+
+class Stage:
+    """A scheduler, and workers and hosts of it."""
+
+    def __init__(self, dispatch: Dispatch, tasks: asyncio.TaskGroup) -> None:
+        self.dispatch = dispatch
+        self.notes = Notes()
+        self._tasks = tasks
+        self.running: list[asyncio.Task[None]] = []
+        self.places: list[Workplace] = []
+        self.clients: list[ToolClient] = []
+
+    async def worker(self, name: str, kind: type[Workplace] = Workplace) -> tuple[Workplace, Gate]:
+        gate = Gate(self.dispatch)
+        place = kind(name, HOST, "own", [HeldRunner(self.notes)], gate, CLOCK)
+        await place.start()
+        self.running.append(self._tasks.create_task(place.run()))
+        self.places.append(place)
+        count = len(self.places)
+        await until(lambda: self.dispatch.leases.state().workers == count)
+        return place, gate
+
+    def client(self, owner: str = "host") -> ToolClient:
+        client = ToolClient(owner, Gate(self.dispatch), clock=CLOCK)
+        self.clients.append(client)
+        return client
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    async with staged() as stage:
+        yield stage
+
+
+@asynccontextmanager
+async def staged() -> AsyncIterator[Stage]:
+    roster = Roster([], CLOCK.monotonic(), settle_s=1.0)
+    queue = FairQueue(lambda _: Share(), max_queued=100)
+    leases = Leases(queue, Estimates(SLOT), SLOT, roster, 1)
+    dispatch = Dispatch(leases, HOST, "secret", CLOCK)
+    await dispatch.start()
+    async with asyncio.TaskGroup() as tasks:
+        stage = Stage(dispatch, tasks)
+        stage.running.append(tasks.create_task(dispatch.run()))
+        try:
+            yield stage
+        finally:
+            stage.notes.may_die.set()
+            for client in stage.clients:
+                await client.close()
+            for running in stage.running:
+                running.cancel()
+            for place in stage.places:
+                await place.close()
+            # A scheduler ends with its process.
+            assert dispatch._server is not None
+            dispatch._server.close()
+            for link in dispatch._links.values():
+                link.close()
+
+
+async def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        await asyncio.sleep(0.005)
+
+
+async def test_a_host_that_loses_its_worker_connection_is_led_back_to_the_call(
+    stage: Stage,
+) -> None:
+    await stage.worker("w")
+    client = stage.client()
+    call = asyncio.create_task(client.call(ask("a")))
+    for _ in range(2):
+        await until(lambda: bool(client._by_link) and stage.notes.begun["a"] == 1)
+        (link,) = client._by_link
+        link.abort()
+        await until(lambda link=link: link not in client._by_link)
+    await until(lambda: bool(client._by_link))
+    stage.notes.may_end.set()
+    assert (await call).status == "ok"
+    assert stage.notes.begun == stage.notes.ended == {"a": 1}
+
+
+class Dropping(Workplace):
+    """Breaks the connection of whoever runs something."""
+
+    def received(self, link: Link, message: object) -> None:
+        super().received(link, message)
+        if isinstance(message, Run):
+            link.abort()
+
+
+async def test_a_call_that_loses_worker_after_worker_is_given_up(stage: Stage) -> None:
+    await stage.worker("w", Dropping)
+    result = await stage.client().call(ask("poison", on_crash="retry"))
+    assert (result.status, result.reason) == ("error", "died")
+
+
+async def test_who_asks_for_a_call_that_is_being_killed_has_it_run_after_that(
+    stage: Stage,
+) -> None:
+    await stage.worker("w")
+    stage.notes.may_die.clear()
+    old, new = stage.client("old"), stage.client("new")
+    first = asyncio.create_task(old.call(ask("a", on_crash="retry")))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    # The newer owner is led to the call, which the older one kills before it gets there.
+    again = asyncio.create_task(new.call(ask("a", epoch=2, on_crash="retry")))
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await until(lambda: bool(new._doors))
+    assert not again.done()
+    stage.notes.may_die.set()
+    stage.notes.may_end.set()
+    assert (await asyncio.wait_for(again, 5)).status == "ok"
+    assert stage.notes.begun["a"] - stage.notes.killed["a"] == stage.notes.ended["a"]
+
+
+async def test_a_worker_that_was_given_up_kills_what_it_ran_and_begins_anew(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster_module, "LOST_S", 0.3)
+    away, gate = await stage.worker("away")
+    client = stage.client()
+    call = asyncio.create_task(client.call(ask("a", on_crash="retry")))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    await stage.worker("there")
+    gate.open = False
+    assert away._scheduler is not None
+    away._scheduler.abort()
+    await until(lambda: stage.notes.begun["a"] == 2)
+    gate.open = True
+    await until(lambda: stage.notes.killed["a"] == 1)
+    await until(lambda: stage.dispatch.leases.state().workers == 2)
+    stage.notes.may_end.set()
+    assert (await call).status == "ok"
+    assert stage.notes.ended == {"a": 1}
+    assert (await client.call(ask("b"))).status == "ok"
+
+
+async def test_results_are_kept_for_a_host_that_comes_for_them_later(stage: Stage) -> None:
+    await stage.worker("w")
+    lost = stage.client("lost")
+    call = asyncio.create_task(lost.call(ask("a")))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    for link in [lost._scheduler, *lost._by_link]:
+        assert link is not None
+        link.abort()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    stage.notes.may_end.set()
+    again = await stage.client("next").call(ask("a", epoch=2))
+    assert again.output == "a"
+    assert stage.notes.begun == {"a": 1}
+
+
+async def shut() -> Location:
+    raise NotReadyError("nowhere")
+
+
+async def test_a_pool_that_is_not_there_is_given_up_after_a_while() -> None:
+    client = ToolClient("host", shut, clock=CLOCK, patience_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(ToolPoolUnreachableError):
+        await client.call(ask("a"))
+    assert 0.2 <= time.monotonic() - began < 2
+    with pytest.raises(ToolPoolUnreachableError):
+        await client.fence("acme", "s", 2, timeout_s=0.1)
+
+
+async def test_a_calls_own_deadline_counts_while_another_one_looks_for_the_scheduler() -> None:
+    client = ToolClient("host", shut, clock=CLOCK, patience_s=30.0)
+    patient = asyncio.create_task(client.call(ask("patient")))
+    began = time.monotonic()
+    with pytest.raises(ToolPoolUnreachableError):
+        await client.call(ask("urgent", deadline=time.time() + 0.3))
+    assert time.monotonic() - began < 3
+    patient.cancel()
+    await asyncio.gather(patient, return_exceptions=True)
+
+
+class Ears:
+    """Notes what a listener is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+        self.is_closed = asyncio.Event()
+
+    def opened(self, link: Link, hello: Hello) -> None:
+        self.heard.append(hello)
+
+    def received(self, link: Link, message: object) -> None:
+        self.heard.append(message)
+
+    def closed(self, link: Link) -> None:
+        self.is_closed.set()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"\x00\x00\x00\x05hello",
+        b"\xff\xff\xff\xff",
+        b"\x00\x01\x00\x00",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\x00\x00\x0e\x93\xa5Hello\xa5wrong\xa1n",
+    ],
+)
+async def test_a_listener_hears_nothing_from_who_does_not_show_its_token(first: bytes) -> None:
+    ears = Ears()
+    server, port = await listen(ears, HOST, "secret")
+    async with server:
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(first)
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+    assert ears.heard == []
+
+
+async def test_who_shows_the_token_is_heard_in_order() -> None:
+    ears = Ears()
+    server, port = await listen(ears, HOST, "secret")
+    async with server:
+        link = await connect(Ears(), HOST, port, token="secret", name="me", timeout_s=5)
+        runs = [Run(number, ask(f"k{number}", output="x" * 100_000)) for number in range(20)]
+        for run in runs:
+            link.send(run)
+        link.close()
+        await asyncio.wait_for(ears.is_closed.wait(), 5)
+    assert ears.heard == [Hello("secret", "me"), *runs]
