@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from msgspec.structs import replace
 
 from agentray.tools.call_book import CallBook, Entry
-from agentray.tools.cost import Estimate, Estimates, SlotShare, call_cost
+from agentray.tools.cost import Estimates, SlotShare
 from agentray.tools.fair_queue import Call, Queue
 from agentray.tools.fences import Fences, Session
 from agentray.tools.messages import (
@@ -32,6 +32,7 @@ from agentray.tools.messages import (
     State,
     Want,
 )
+from agentray.tools.metering import Metering
 from agentray.tools.outbox import Outbox, Send
 from agentray.tools.roster import Roster, WorkerState
 
@@ -50,8 +51,7 @@ class Leases:
         self, queue: Queue, estimates: Estimates, slot: SlotShare, roster: Roster, first_lease: int
     ) -> None:
         self._queue = queue
-        self._estimates = estimates
-        self._slot = slot
+        self._meter = Metering(queue, estimates, slot)
         self.roster = roster
         self._numbers = itertools.count(first_lease)
         self._calls = CallBook()
@@ -146,13 +146,7 @@ class Leases:
             self._keep(worker, [finished.key])
         entry = self._leases.get(finished.lease)
         if entry is not None:
-            cost = call_cost(finished.wall_s, finished.cpu_s, finished.memory_bytes, self._slot)
-            self._charge(entry, cost)
-            if not finished.killed:
-                call = entry.call
-                self._estimates.learn(
-                    call.tenant, entry.want.tool, wall_s=finished.wall_s, cost=cost
-                )
+            self._meter.ended(entry, finished)
             self._release(entry, worker, now)
         self._dispatch(now)
         return self._out.take()
@@ -181,7 +175,7 @@ class Leases:
         """A lease was void before it began: the slot is free, and nothing was used."""
         entry = self._leases.get(lease)
         if entry is not None:
-            self._charge(entry, 0.0)
+            self._meter.never_began(entry)
             self._release(entry, self.roster.workers[entry.worker], now)
             self._dispatch(now)
         return self._out.take()
@@ -204,7 +198,7 @@ class Leases:
     def sweep(self, now: float) -> list[Send]:
         """Charge what runs, drop what waited too long, give up workers that stay away."""
         for entry in self._leases.values():
-            self._accrue(entry, now)
+            self._meter.runs(entry, now)
         for entry in self._calls.expired(now):
             self._refuse(entry, "died" if entry.want.was_at else "expired")
         for worker in self.roster.given_up(now):
@@ -295,17 +289,8 @@ class Leases:
         found = self.roster.workers.get(worker)
         return not self.roster.settled(now) if found is None else not found.connected
 
-    def _estimate(self, want: Want) -> Estimate:
-        return self._estimates.of(
-            want.tenant,
-            want.tool,
-            cpu=want.cpu,
-            memory_bytes=want.memory_bytes,
-            timeout_s=want.timeout_s,
-        )
-
     def _entry(self, link: str, want: Want, deadline: float) -> Entry:
-        estimate = self._estimate(want)
+        estimate = self._meter.expected(want)
         call = Call(want.key, want.tenant, want.priority, estimate.cost, estimate.wall_s)
         return Entry(want, link, call, estimate, deadline)
 
@@ -337,10 +322,7 @@ class Leases:
         while (worker := self.roster.choose()) is not None and (call := self._queue.pop()):
             entry = self._calls.get(call.key)
             assert entry is not None
-            entry.charged = call.cost
-            # It may have waited for long: by now more is known of calls like it.
-            entry.estimate = self._estimate(entry.want)
-            self._charge(entry, entry.estimate.cost)
+            self._meter.began(entry)
             self._lease(entry, worker, next(self._numbers), now)
             self._out.grant(entry.link, call.key, worker, entry.lease)
 
@@ -375,15 +357,6 @@ class Leases:
             entry.ending = True
         elif link:
             self._out.grant(link, held.key, worker, 0)
-
-    def _charge(self, entry: Entry, cost: float) -> None:
-        self._queue.charge(entry.call, cost - entry.charged)
-        entry.charged = cost
-
-    def _accrue(self, entry: Entry, now: float) -> None:
-        cost = (now - entry.granted_at) * entry.estimate.rate
-        if cost > entry.charged:
-            self._charge(entry, cost)
 
     def _release(self, entry: Entry, worker: WorkerState, now: float) -> None:
         """A lease is over, and its slot free."""
@@ -446,7 +419,7 @@ class Leases:
             if entry.next is not None and entry.confirmed:
                 link, want, deadline = entry.next
                 entry.next = link, replace(want, was_at=worker.id), deadline
-            self._accrue(entry, now)
+            self._meter.runs(entry, now)
             self._release(entry, worker, now)
         self._out.gone(worker.id)
 

@@ -216,9 +216,9 @@ async def test_kills_during_500_calls_lose_none_and_have_no_settled_one_run_twic
             assert result.status == "ok" or result.reason == "died"
             assert begun[key] == 1
     died = sum(result.reason == "died" for result, _ in settled.values())
-    # Only what ran at the two workers when they were killed.
-    assert died <= 2 * SLOTS
-    assert sum(begun.values()) <= 500 + 2 * SLOTS
+    again = sum(begun.values()) - 500
+    # The kills met calls, and only what ran at the two workers then.
+    assert 1 <= died + again <= 2 * SLOTS
 
 
 async def test_a_tenants_queue_is_bounded_and_says_when_to_try_again(
