@@ -384,6 +384,7 @@ def test_agents_and_models_are_listed(ai: OpenAI) -> None:
     listed = list(ai.models.list())
     assert [(model.id, model.owned_by) for model in listed] == [
         ("assistant", "agents"),
+        ("tooled", "agents"),
         ("embedder", "models"),
         ("simulator", "models"),
     ]

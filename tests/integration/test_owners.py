@@ -701,7 +701,7 @@ async def test_turns_go_on_without_redis(
     services: Services, a: OwnerProcess, b: OwnerProcess, session: str, owners: Owners
 ) -> None:
     epoch = owners.journal(session).epoch
-    turn = await send(a, session, script("on and on", tokens=200, tps=100))
+    turn = await send(a, session, script("on and on", tokens=600, tps=100))
     near, far = Reader(a, session, turn.id), Reader(b, session, turn.id)
     await near.until(streams, "text comes")
     await services.aside(services.redis.stop(hurry=True))

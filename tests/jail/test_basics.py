@@ -242,7 +242,8 @@ async def test_a_program_that_stays_is_spoken_to_and_ended() -> None:
     started.stdin.close()
     assert await asyncio.wait_for(started.wait(), 5) == 7
     await started.kill()
-    started = await launcher.start(["/bin/sleep", "60"], {})
+    started = await launcher.start(["/bin/sh", "-c", "echo up; sleep 60"], {})
+    assert await started.stdout.readline() == b"up\n"
     await started.kill()
     assert await started.wait() == -signal.SIGKILL
     await started.kill()

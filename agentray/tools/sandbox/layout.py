@@ -37,6 +37,8 @@ def layout(paths: Sequence[str], uid: int) -> dict[str, Any]:
 
     With them the ``place`` where programs run, and their ``environment``.
     """
+    # Where a link in it leads has to be there too.
+    paths = [each for path in paths for each in (os.path.abspath(path), os.path.realpath(path))]
     place = next(each for each in _PLACES if not any(_below(path, each) for path in paths))
     temporary = f"{place}/.tmp"
     links = [("/dev/shm", temporary), ("/dev/fd", "/proc/self/fd")]
@@ -56,7 +58,7 @@ def layout(paths: Sequence[str], uid: int) -> dict[str, Any]:
             mounts.append((top, top))
     wanted = [os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)]
     wanted += [each for each in _ETC if os.path.exists(each)]
-    wanted += [os.path.abspath(each) for each in paths]
+    wanted += paths
     for each in sorted(set(wanted)):
         if not any(_below(each, target) for _, target in mounts):
             mounts.append((each, each))
