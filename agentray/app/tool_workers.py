@@ -88,6 +88,7 @@ class _Slots:
             # A model's code sees nothing of the operator's.
             paths=_libraries() if place.operator else (),
             cpu_share=max(1.0, *(s.cpu for s in specs)) if place.operator else self._code_cpus,
+            proxied=any(spec.network is not None for spec in specs),
             weaker_tier_allowed=self._weaker_allowed,
         )
         if slot.tier != place.tier and not self._told:

@@ -47,6 +47,11 @@ class CodeSettings(Section):
     output_bytes: Count = Field(
         default=64 * 1024, description="Bytes of what it prints that the model is shown."
     )
+    hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Hosts that its programs may reach, through the gateway and within its bounds; "
+        "no network if empty. Written as in `tools.gateway.allow`.",
+    )
 
 
 class HttpToolSettings(Section):

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from agentray.config.tool_settings import CodeSettings, SandboxSettings
-from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, ShellScript, Tier
+from agentray.tools.sandbox.base import Limits, Outcome, PythonCode, Serve, ShellScript, Tier
 from agentray.tools.spec import ToolSpec
 
 __all__ = ["ceiling", "code_tools", "limits_of", "printed"]
 
 _WHERE = (
-    "It runs in a sandbox without network. Its working directory is empty at first and is kept "
+    "It runs in a sandbox {network}. Its working directory is empty at first and is kept "
     "for later calls. What it prints comes back, so print what you want to see. It may take "
     "{wall_s:g} s and {memory} MiB of memory."
 )
 
 
-def code_tools(code: CodeSettings, sandbox: SandboxSettings) -> tuple[ToolSpec, ToolSpec]:
-    """Return ``python`` and ``shell``.
+_PROXIED = (
+    "whose only network is the proxy that http_proxy and https_proxy name; it leads to {hosts} and "
+    "nowhere else"
+)
+
+
+def code_tools(
+    code: CodeSettings,
+    sandbox: SandboxSettings,
+    network: Callable[[str, float], Serve] | None = None,
+) -> tuple[ToolSpec, ToolSpec]:
+    """Return ``python`` and ``shell``, with the way to the hosts of the settings; see ``ToolSpec``.
 
     A call whose worker died is reported and not run again: what the code did is anybody's guess.
     """
     limits = limits_of(code)
-    where = _WHERE.format(wall_s=code.wall_s, memory=code.memory_bytes // (1024 * 1024))
+    proxied = _PROXIED.format(hosts=", ".join(code.hosts)) if code.hosts else "without network"
+    where = _WHERE.format(
+        network=proxied, wall_s=code.wall_s, memory=code.memory_bytes // (1024 * 1024)
+    )
     python = ToolSpec(
         name="python",
         description=f"Runs Python code as a program of its own. {where}",
@@ -35,6 +48,7 @@ def code_tools(code: CodeSettings, sandbox: SandboxSettings) -> tuple[ToolSpec, 
         tier=sandbox.tier,
         limits=limits,
         keeps_scratch=True,
+        network=network,
     )
     shell = ToolSpec(
         name="shell",
@@ -45,6 +59,7 @@ def code_tools(code: CodeSettings, sandbox: SandboxSettings) -> tuple[ToolSpec, 
         tier=sandbox.tier,
         limits=limits,
         keeps_scratch=True,
+        network=network,
     )
     return python, shell
 

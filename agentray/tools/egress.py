@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -10,8 +11,9 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from agentray.tools.addresses import address_problem
+from agentray.tools.hosts import is_address
 
-__all__ = ["AddressRefusedError", "Lookup", "look_up", "open_egress"]
+__all__ = ["AddressRefusedError", "Lookup", "look_up", "open_egress", "open_stream"]
 
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 """Returns the IP addresses of a name; raises ``OSError``."""
@@ -32,6 +34,18 @@ async def look_up(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in found]
 
 
+async def _checked(lookup: Lookup, host: str, port: int, *, private: bool) -> list[str]:
+    """Return the addresses of a name, all of which may be connected to."""
+    addresses = list(dict.fromkeys(await lookup(host, port)))
+    for address in addresses:
+        # One bad address among good ones is an attack or a mistake: none of them is taken.
+        if (problem := address_problem(address, private=private)) is not None:
+            raise AddressRefusedError(problem)
+    if not addresses:
+        raise OSError("the name has no address")
+    return addresses
+
+
 class _CheckedResolver(AbstractResolver):
     def __init__(self, lookup: Lookup, private: Callable[[str, int], bool]) -> None:
         self._lookup = lookup
@@ -40,14 +54,8 @@ class _CheckedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        addresses = list(dict.fromkeys(await self._lookup(host, port)))
         private = self._private(host, port)
-        for address in addresses:
-            # One bad address among good ones is an attack or a mistake: none of them is taken.
-            if (problem := address_problem(address, private=private)) is not None:
-                raise AddressRefusedError(problem)
-        if not addresses:
-            raise OSError("the name has no address")
+        addresses = await _checked(self._lookup, host, port, private=private)
         return [
             ResolveResult(
                 hostname=host,
@@ -88,3 +96,26 @@ def open_egress(
         auto_decompress=False,
         trust_env=False,
     )
+
+
+async def open_stream(
+    host: str, port: int, *, private: bool, connect_timeout_s: float, lookup: Lookup = look_up
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a host by the first of its addresses that answers.
+
+    Raises:
+        AddressRefusedError: an address of it is none that may be connected to.
+        OSError: none answers in time.
+    """
+    async with asyncio.timeout(connect_timeout_s):
+        if is_address(host):
+            lookup = _itself
+        addresses = await _checked(lookup, host, port, private=private)
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection(address, port)
+        return await asyncio.open_connection(addresses[-1], port)
+
+
+async def _itself(host: str, port: int) -> Sequence[str]:
+    return [host]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import aiohttp
@@ -15,7 +15,7 @@ from agentray.config.tool_settings import GatewaySettings
 from agentray.errors import ToolError
 from agentray.tools.addresses import address_problem
 from agentray.tools.allowance import DailyBytes, TenantBuckets
-from agentray.tools.egress import AddressRefusedError, Lookup, look_up, open_egress
+from agentray.tools.egress import AddressRefusedError, Lookup, look_up, open_egress, open_stream
 from agentray.tools.exchange import (
     HttpReply,
     HttpRequest,
@@ -28,14 +28,23 @@ from agentray.tools.exchange import (
 from agentray.tools.hosts import HostRule, Origin, allowed, host_rule, is_address, parse_url
 from agentray.tools.secrets import Secrets
 
-__all__ = ["BreakerLike", "Gateway"]
+__all__ = ["BreakerLike", "Gateway", "unreached"]
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_GATE_S = 300.0
 _MOST_BREAKERS = 1_000
+_LOOKUPS = 2
 # A compressed answer could become one of any size.
 _UNCOMPRESSED = ("Accept-Encoding", "identity")
+
+
+def unreached(origin: Origin, error: OSError | aiohttp.ClientError) -> ToolError:
+    """Return what is said of a host that could not be connected to."""
+    if isinstance(refusal := getattr(error, "os_error", error), AddressRefusedError):
+        return ToolError(f"The address of {origin} {refusal}.", reason="refused")
+    problem = f"{origin} could not be reached ({type(error).__name__})."
+    return ToolError(problem, reason="upstream")
 
 
 class BreakerLike(Protocol):
@@ -97,6 +106,7 @@ class Gateway:
         )
         self._daily = DailyBytes(settings.tenant_bytes_per_day * share)
         self._session: aiohttp.ClientSession | None = None
+        self._lookups = asyncio.Semaphore(_LOOKUPS)
 
     async def send(self, request: HttpRequest, *, tenant: str, timeout_s: float) -> HttpReply:
         """Return the last answer to a request, whatever its status, with secrets taken out.
@@ -109,7 +119,7 @@ class Gateway:
         Raises:
             ToolError: there is no answer. Its reason is ``refused``, ``timeout`` or ``upstream``.
         """
-        transfer = self._transfer(tenant, timeout_s)
+        transfer = self.transfer(tenant, timeout_s)
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
@@ -122,12 +132,54 @@ class Gateway:
             problem = f"There was no whole answer within {timeout_s:g} s."
             raise ToolError(problem, reason="timeout") from error
 
+    async def admit(self, origin: Origin, rules: Iterable[HostRule], transfer: Transfer) -> None:
+        """See that one of the rules fits where a program wants to, and wait for its turn there.
+
+        Raises:
+            ToolError: it is refused.
+        """
+        self._check(origin, rules)
+        await self._wait_for_turn(origin, transfer)
+
+    async def open_stream(
+        self, origin: Origin
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect a program to where it was admitted.
+
+        Raises:
+            ToolError: it is refused, or does not answer.
+        """
+        try:
+            return await open_stream(
+                origin.host,
+                origin.port,
+                private=self._may_be_private(origin.host, origin.port),
+                connect_timeout_s=self._settings.connect_timeout_s,
+                lookup=self._look_up_for_program,
+            )
+        except OSError as error:
+            raise unreached(origin, error) from error
+
+    def open_session(self) -> aiohttp.ClientSession:
+        """Return a session of a program's own: no other waits for its connections."""
+        return open_egress(
+            self._may_be_private,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            lookup=self._look_up_for_program,
+        )
+
+    async def _look_up_for_program(self, host: str, port: int) -> Sequence[str]:
+        # Those that a program has looked up may be slow on purpose, and threads are few.
+        async with self._lookups:
+            return await self._lookup(host, port)
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    def _transfer(self, tenant: str, timeout_s: float) -> Transfer:
+    def transfer(self, tenant: str, timeout_s: float) -> Transfer:
+        """Return what counts the bytes of a call that begins now."""
         return Transfer(
             tenant,
             self._settings,
@@ -173,7 +225,7 @@ class Gateway:
     async def _follow(self, request: HttpRequest, transfer: Transfer) -> HttpReply:
         for _ in range(self._settings.max_redirects + 1):
             origin, url = parse_url(request.url)
-            self._check(origin)
+            self._check(origin, self._rules)
             await self._wait_for_turn(origin, transfer)
             reply, location = await self._once(request, origin, url, transfer)
             if location is None:
@@ -182,9 +234,9 @@ class Gateway:
         most = self._settings.max_redirects
         raise ToolError(f"The host redirects more than {most} times.", reason="upstream")
 
-    def _check(self, origin: Origin) -> None:
-        if not allowed(origin, self._rules):
-            problem = f"{origin} is no host that tools may call."
+    def _check(self, origin: Origin, rules: Iterable[HostRule]) -> None:
+        if not allowed(origin, rules):
+            problem = f"{origin} is no host that may be called from here."
             raise ToolError(problem, reason="refused")
         if is_address(origin.host):
             # The connector looks nothing up, so its resolver sees no such host.

@@ -31,6 +31,7 @@ from agentray.tools.messages import (
     Revoke,
     State,
     Want,
+    Welcome,
 )
 from agentray.tools.metering import Metering
 from agentray.tools.outbox import Outbox, Send
@@ -53,6 +54,7 @@ class Leases:
         self._queue = queue
         self._meter = Metering(queue, estimates, slot)
         self.roster = roster
+        self._first_lease = first_lease
         self._numbers = itertools.count(first_lease)
         self._calls = CallBook()
         self._leases = self._calls.leases
@@ -116,6 +118,7 @@ class Leases:
             return self._out.take()
         for old in self.roster.register(register, now):
             self._bury(old, now)
+        self._out.send(register.worker, Welcome(self._first_lease))
         worker = self.roster.workers[register.worker]
         self.roster.forget(worker, worker.kept)
         self._keep(worker, register.kept)

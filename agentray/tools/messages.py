@@ -32,6 +32,7 @@ __all__ = [
     "State",
     "Unknown",
     "Want",
+    "Welcome",
 ]
 
 
@@ -198,6 +199,13 @@ class Revoked(msgspec.Struct, frozen=True, array_like=True, tag=True):
 # From the scheduler to a worker
 
 
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The answer to a registration. Leases from ``first_lease`` on are this scheduler's; with those
+    of one before it nothing begins any more, as it would not know of that."""
+
+    first_lease: int
+
+
 class Revoke(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A lease is void if it has not begun."""
 
@@ -261,6 +269,7 @@ Message = (
     | Alive
     | Forgot
     | Revoked
+    | Welcome
     | Revoke
     | Run
     | Kill

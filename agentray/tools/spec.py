@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from agentray.tools.sandbox.base import Limits, Program, Tier
+from agentray.tools.sandbox.base import Limits, Program, Serve, Tier
 
 __all__ = ["GROUP", "OnCrash", "ToolContext", "ToolResult", "ToolSpec", "Toolbox"]
 
@@ -58,6 +58,8 @@ class ToolSpec(msgspec.Struct, frozen=True):
     apart what another version computed. ``cpu`` (cores) is what a call is expected to use, for
     its cost while it is queued. ``keeps_scratch``: files of the session are there and are kept.
     ``operator``: the program is the operator's own, and sees the libraries that this process sees.
+    ``network`` returns, for a tenant's program and as long as it may run, what serves its way out;
+    without it there is none.
     ``context_argument`` is the argument that the call's ``ToolContext`` comes under, whatever the
     model says; none if it is empty.
     """
@@ -77,6 +79,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     cpu: float = 1.0
     keeps_scratch: bool = False
     operator: bool = False
+    network: Callable[[str, float], Serve] | None = None
     context_argument: str = ""
 
 

@@ -133,7 +133,9 @@ class SpecRunner:
             return _error(error.message, str(error.fields.get("reason", "refused")))
         slot = self._slots[place]
         scratch = call.scratch if spec.keeps_scratch else b""
-        outcome = await slot.run(Run(program, limits, scratch, keep_scratch=spec.keeps_scratch))
+        network = spec.network and spec.network(call.tenant, limits.wall_s)
+        keep = spec.keeps_scratch
+        outcome = await slot.run(Run(program, limits, scratch, keep_scratch=keep, network=network))
         if outcome.reason == "failed":
             # Whatever broke it must not break the next call: that gets a new one.
             log.warning("sandbox_failed", tool=spec.name, tier=spec.tier)

@@ -11,11 +11,13 @@ from agentray.errors import ConfigError
 from agentray.tools.code import code_tools
 from agentray.tools.echo import ECHO
 from agentray.tools.egress import Lookup, look_up
+from agentray.tools.forward import ForwardProxy
 from agentray.tools.functions import load_functions
 from agentray.tools.gateway import BreakerLike, Gateway
 from agentray.tools.hosts import HostRule, host_rule
 from agentray.tools.http_tools import HttpTemplate, host_of, http_tool
 from agentray.tools.openapi import openapi_tools, read_document
+from agentray.tools.sandbox.base import Serve
 from agentray.tools.secrets import Secrets
 from agentray.tools.spec import GROUP, Toolbox, ToolSpec
 from agentray.tools.sql import SqlTools
@@ -71,7 +73,8 @@ async def open_toolbox(
         closers.append(gateway.close)
         databases = SqlTools(settings.sql)
         closers.append(databases.close)
-        specs = [ECHO, *code_tools(settings.code, settings.sandbox)]
+        network = _programs_network(settings, gateway, clock)
+        specs = [ECHO, *code_tools(settings.code, settings.sandbox, network)]
         specs += load_functions(settings.functions)
         specs += [spec for spec, _ in made]
         specs += databases.specs()
@@ -111,12 +114,34 @@ def _http(
 
 def _hosts(settings: ToolsSettings, templates: Sequence[HttpTemplate]) -> list[HostRule]:
     for key in ("allow", "allow_private"):
-        for text in getattr(settings.gateway, key):
-            try:
-                host_rule(text)
-            except ValueError as error:
-                raise ConfigError(f"tools.gateway.{key}: found {text!r}; {error}") from error
+        _rules(getattr(settings.gateway, key), key=f"tools.gateway.{key}")
     return list(dict.fromkeys(map(host_of, templates)))
+
+
+def _rules(texts: Iterable[str], *, key: str) -> list[HostRule]:
+    found: list[HostRule] = []
+    for text in texts:
+        try:
+            found.append(host_rule(text))
+        except ValueError as error:
+            raise ConfigError(f"{key}: found {text!r}; {error}") from error
+    return found
+
+
+def _programs_network(
+    settings: ToolsSettings, gateway: Gateway, clock: Clock
+) -> Callable[[str, float], Serve] | None:
+    rules = _rules(settings.code.hosts, key="tools.code.hosts")
+    if not rules:
+        return None
+    if settings.sandbox.tier == "gvisor":
+        problem = "programs in the tier 'gvisor' have no network yet; expected none"
+        raise ConfigError(f"tools.code.hosts: {problem}")
+
+    def network(tenant: str, timeout_s: float) -> Serve:
+        return ForwardProxy(gateway, rules, gateway.transfer(tenant, timeout_s), clock).serve
+
+    return network
 
 
 def _unique(specs: Iterable[ToolSpec]) -> list[ToolSpec]:

@@ -28,6 +28,7 @@ from agentray.tools.messages import (
     Revoked,
     Run,
     Unknown,
+    Welcome,
 )
 from agentray.tools.results import Kept, Results
 from agentray.tools.runner import Ask, Runner
@@ -95,6 +96,8 @@ class Workplace:
         self._slot_free = asyncio.Semaphore(len(runners))
         self._jobs: dict[str, _Job] = {}
         self._void: OrderedDict[int, None] = OrderedDict()
+        # The first of the scheduler's leases; None until it has heard of what runs here.
+        self._first_lease: int | None = None
         self._results = Results(max_bytes=_KEPT_BYTES, arrived_s=_ARRIVED_S, lost_s=_LOST_S)
         self._scheduler: Link | None = None
         self._cut = asyncio.Event()
@@ -145,6 +148,8 @@ class Workplace:
                 self._results.arrived(message.key)
             case Revoke():
                 self._revoke(message.lease)
+            case Welcome():
+                self._first_lease = message.first_lease
             case Gone():
                 self._begin_anew()
             case _:
@@ -163,13 +168,18 @@ class Workplace:
         elif (kept := self._results.get(key)) is not None:
             link.send(Done(key, kept.result, kept.wall_s))
             self._unused(run.lease)
-        elif not run.lease or run.lease in self._void or self._is_full():
+        elif not self._is_valid(run.lease) or self._is_full():
             link.send(Unknown(key))
             self._unused(run.lease)
         else:
             job = self._jobs[key] = _Job(run.ask, run.lease, link, self._clock.monotonic())
             job.task = asyncio.get_running_loop().create_task(self._perform(job))
             job.task.add_done_callback(lambda _: self._ended(key, job))
+
+    def _is_valid(self, lease: int) -> bool:
+        # A scheduler's leases are within 32 bits of its first one.
+        first = self._first_lease
+        return first is not None and 0 <= lease - first < 1 << 32 and lease not in self._void
 
     def _is_full(self) -> bool:
         # A scheduler that was restarted may not know of leases that it gave just before.
@@ -279,6 +289,8 @@ class Workplace:
             timeout_s=_CONNECT_S,
         )
         now = self._clock.monotonic()
+        # What begins from here on with an older lease would be in no list.
+        self._first_lease = None
         held = [
             Held(
                 *(job.lease, key, job.ask.tenant, job.ask.session_id, job.epoch, job.ask.tool),

@@ -19,7 +19,7 @@ from agentray.tools.dispatch import Dispatch
 from agentray.tools.fair_queue import FairQueue, Share
 from agentray.tools.leases import Leases
 from agentray.tools.location import Location
-from agentray.tools.messages import Hello, Run
+from agentray.tools.messages import Hello, Run, Unknown
 from agentray.tools.roster import Roster
 from agentray.tools.runner import Ask
 from agentray.tools.spec import ToolResult
@@ -233,6 +233,18 @@ async def test_results_are_kept_for_a_host_that_comes_for_them_later(stage: Stag
     again = await stage.client("next").call(ask("a", epoch=2))
     assert again.output == "a"
     assert stage.notes.begun == {"a": 1}
+
+
+async def test_nothing_begins_with_a_lease_of_a_scheduler_that_is_gone(stage: Stage) -> None:
+    place, _ = await stage.worker("w")
+    ears = Ears()
+    link = await connect(ears, HOST, place._port, token="own", name="host", timeout_s=5)
+    given = ask("a")
+    link.send(Run(7 << 32, given))
+    await until(lambda: ears.heard == [Unknown(given.key)])
+    link.send(Run(1_000, given))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    link.close()
 
 
 async def shut() -> Location:

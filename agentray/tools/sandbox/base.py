@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -14,6 +16,7 @@ __all__ = [
     "PythonCode",
     "Reason",
     "Run",
+    "Serve",
     "ShellScript",
     "Slot",
     "Start",
@@ -68,14 +71,22 @@ class FunctionCall(msgspec.Struct, frozen=True, tag="function"):
 Program = PythonCode | ShellScript | FunctionCall
 
 
+Serve = Callable[[socket.socket], Coroutine[Any, Any, None]]
+"""Serves a listener, which it does not close, until it is cancelled. Then nothing of the
+connections is left."""
+
+
 class Run(msgspec.Struct, frozen=True):
     """One run. ``scratch`` is a tar of files that the program finds in its working directory;
-    with ``keep_scratch`` the outcome brings one of those it leaves there."""
+    with ``keep_scratch`` the outcome brings one of those it leaves there. ``network`` serves what
+    the program connects to, all that it can reach of any network; the slot has to be ``proxied``.
+    """
 
     program: Program
     limits: Limits = Limits()
     scratch: bytes = b""
     keep_scratch: bool = False
+    network: Serve | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ import marshal
 import math
 import os
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -15,7 +16,16 @@ from typing import Any
 from agentray.errors import SandboxUnavailableError, ToolError
 from agentray.tools.sandbox import scratch
 from agentray.tools.sandbox.attempt import Attempt
-from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, PythonCode, Run, Start, Tier
+from agentray.tools.sandbox.base import (
+    FunctionCall,
+    Limits,
+    Outcome,
+    PythonCode,
+    Run,
+    Serve,
+    Start,
+    Tier,
+)
 from agentray.tools.sandbox.cgroups import Cgroup
 from agentray.tools.sandbox.supervisor import Child, Zygote
 from agentray.tools.sandbox.uids import UidLease
@@ -50,6 +60,8 @@ class JailSlot:
         cgroup: Cgroup | None,
         lease: UidLease | None = None,
         folder: str = "",
+        proxied: bool = False,
+        listener: socket.socket | None = None,
         without: frozenset[str] = frozenset(),
     ) -> None:
         self._zygote = zygote
@@ -59,6 +71,9 @@ class JailSlot:
         self._cgroup = cgroup
         self._lease = lease
         self._folder = folder
+        self._proxied = proxied
+        # Of all its runs, where these have no network of their own.
+        self._listener = listener
         self._without = without
         self._counts_memory = cgroup is not None and "memory" in cgroup.quotas
         self._sizes = self._sizes_of(ceiling)
@@ -85,7 +100,7 @@ class JailSlot:
             ToolError: if the run asks for more than the slot's ceiling, or the slot is busy or
                 closed.
         """
-        self._check(run.limits)
+        self._check(run)
         self._running = True
         try:
             return await self._run(run)
@@ -104,6 +119,8 @@ class JailSlot:
         await self._zygote.close()
         if self._lease is not None:
             self._lease.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -120,11 +137,13 @@ class JailSlot:
         with contextlib.suppress(OSError, SandboxUnavailableError):
             self._parked.append(await self._zygote.fork(self._sizes))
 
-    def _check(self, limits: Limits) -> None:
+    def _check(self, run: Run) -> None:
         if self._closed or self._running:
             raise ToolError("the slot is closed" if self._closed else "the slot runs a program")
+        if run.network is not None and not self._proxied:
+            raise ToolError("the slot gives no way to a network")
         for name in Limits.__struct_fields__:
-            if getattr(limits, name) > getattr(self._ceiling, name):
+            if getattr(run.limits, name) > getattr(self._ceiling, name):
                 raise ToolError(f"the run asks for more {name} than the slot has", limit=name)
 
     async def _run(self, run: Run) -> Outcome:
@@ -149,6 +168,7 @@ class JailSlot:
             return Outcome("failed", error=f"no child could be made: {error}")
         self._limit_memory(run.limits)
         attempt = Attempt(child, run, start, self._cgroup, without=self._without)
+        serving = self._serve(child, run.network) if self._proxied else None
         try:
             self._prepare(child, run)
             await attempt.go(self._message(run, files))
@@ -161,7 +181,20 @@ class JailSlot:
             await self._end(child)
             raise
         finally:
+            if serving is not None:
+                # Before the listener is closed under it.
+                serving.cancel()
+                await asyncio.wait([serving], timeout=_GONE_S)
             child.close()
+
+    def _serve(self, child: Child, network: Serve | None) -> asyncio.Task[None] | None:
+        listener = child.listener or self._listener
+        if network is not None and listener is not None:
+            return asyncio.create_task(network(listener))
+        if child.listener is not None:
+            # Refused at once, instead of waiting for nobody.
+            child.listener.close()
+        return None
 
     async def launch(self, argv: Sequence[str], env: Mapping[str, str]) -> tuple[Child, int, int]:
         """Start a program for as long as it wants, within the ceiling, but for its wall time.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError
-from agentray.tools.sandbox import cgroups, gvisor, layout, seccomp
+from agentray.tools.sandbox import cgroups, gvisor, layout, loopback, seccomp
 from agentray.tools.sandbox.base import Limits, Slot, Tier
 from agentray.tools.sandbox.jail import JailSlot
 from agentray.tools.sandbox.supervisor import Zygote
@@ -67,6 +68,7 @@ async def open_slot(
     libraries: Sequence[str] = (),
     paths: Sequence[str] = (),
     cpu_share: float = 1.0,
+    proxied: bool = False,
     weaker_tier_allowed: bool = False,
 ) -> Slot:
     """Open a slot of a tier.
@@ -77,6 +79,8 @@ async def open_slot(
         libraries: modules to import once, before the forks.
         paths: folders of the operator's code: there read-only, and on ``sys.path``.
         cpu_share: cores that all of the slot may use.
+        proxied: programs may reach what serves their run (see ``Run.network``), where the
+            variables ``http_proxy`` … say; a jail's nothing else. Not to be had with gVisor.
         weaker_tier_allowed: where the tier cannot be had, take the strongest weaker one that can;
             the slot's ``tier`` says which it is.
 
@@ -85,7 +89,7 @@ async def open_slot(
     """
     try:
         if tier == "process":
-            return await _open_process(ceiling, parked, libraries, paths, cpu_share)
+            return await _open_process(ceiling, parked, libraries, paths, cpu_share, proxied)
         if tier == "jail":
             return await open_jail(
                 ceiling=ceiling,
@@ -93,7 +97,10 @@ async def open_slot(
                 libraries=libraries,
                 paths=paths,
                 cpu_share=cpu_share,
+                proxied=proxied,
             )
+        if proxied:
+            raise SandboxUnavailableError("programs under gVisor have no network yet", tier=tier)
         return await _open_gvisor(ceiling, parked, libraries, paths, cpu_share)
     except SandboxUnavailableError as error:
         weaker = _WEAKER[tier]
@@ -114,6 +121,7 @@ async def open_slot(
         libraries=libraries,
         paths=paths,
         cpu_share=cpu_share,
+        proxied=proxied,
         weaker_tier_allowed=True,
     )
 
@@ -136,6 +144,7 @@ async def open_jail(
     paths: Sequence[str] = (),
     cpu_share: float = 1.0,
     network: bool = False,
+    proxied: bool = False,
     without: frozenset[str] = frozenset(),
 ) -> JailSlot:
     """Open a jail; :func:`open_slot` is the way to one.
@@ -165,9 +174,14 @@ async def open_jail(
         "uid": uid,
         "gid": uid,
         "network": network or "net_ns" in without,
-        "filter": b"" if "seccomp" in without else seccomp.program(network=network),
+        "filter": b""
+        if "seccomp" in without
+        else seccomp.program(network=network, proxied=proxied),
         "paths": list(paths),
+        "loopback": proxied,
     }
+    if proxied:
+        config["environment"] |= loopback.proxy_variables(loopback.PORT)
     if "root" in without:
         # Where everything of the machine is, a folder that every machine has.
         config["place"] = "/mnt"
@@ -180,7 +194,14 @@ async def _open_process(
     libraries: Sequence[str],
     paths: Sequence[str],
     cpu_share: float,
+    proxied: bool,
 ) -> JailSlot:
+    listener = None
+    environment = dict(os.environ)
+    if proxied:
+        # They share the machine's network, and so the port cannot be one for all.
+        listener = socket.create_server(("127.0.0.1", 0))
+        environment |= loopback.proxy_variables(listener.getsockname()[1])
     config: dict[str, Any] = {
         "isolated": False,
         "root": os.geteuid() == 0,
@@ -189,10 +210,11 @@ async def _open_process(
         "filter": b"",
         "paths": [*paths, *(each for each in sys.path if each)],
         # It runs the operator's own functions, with what the operator gave this process.
-        "environment": dict(os.environ),
+        "environment": environment,
         "place": tempfile.mkdtemp(prefix="agentray-"),
     }
-    return await _open("process", config, ceiling, parked, libraries, cpu_share, None, frozenset())
+    slot = ("process", config, ceiling, parked, libraries, cpu_share, None, frozenset[str]())
+    return await _open(*slot, listener)
 
 
 async def _open_gvisor(
@@ -228,6 +250,7 @@ async def _open(
     cpu_share: float,
     lease: UidLease | None,
     without: frozenset[str],
+    listener: socket.socket | None = None,
 ) -> JailSlot:
     depth = (1 if tier == "gvisor" else _PARKED) if parked else 0
     cgroup = cgroups.make(cgroups.find())
@@ -251,6 +274,8 @@ async def _open(
         cgroup=cgroup,
         lease=lease,
         folder="" if config["isolated"] else config["place"],
+        proxied=config.get("loopback", False) or listener is not None,
+        listener=listener,
         without=without,
     )
     try:

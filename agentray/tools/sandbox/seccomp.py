@@ -61,13 +61,20 @@ _NUMBERS = {
 }  # fmt: skip
 
 ALLOWED = frozenset(_NUMBERS)
-"""Names of the calls that are allowed whatever their arguments."""
+"""Names of the calls that are allowed, mostly whatever their arguments."""
 
 # Allowed for some arguments only.
 _IOCTL, _SOCKET, _SOCKETPAIR, _CLONE, _PERSONALITY, _PRCTL = 16, 41, 53, 56, 135, 157
+_SETSOCKOPT, _GETSOCKOPT = 54, 55
 _SETRLIMIT, _PRLIMIT = 160, 302
 
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+_STREAMS = (0x1, 0x801, 0x80001, 0x80801)
+_IPPROTO_TCP = 6
+_SOL_SOCKET, _SO_SNDBUF, _SO_RCVBUF = 1, 7, 8
+# No delay, segments, cork, keepalives (3), quick ack, its state, timeout: what clients set. Not
+# zero-copy, repair, and the protocols that can be laid over a connection.
+_TCP_OPTIONS = (1, 2, 3, 4, 5, 6, 11, 12, 18)
 # All that a clone may not make: a user namespace would give back every capability inside it.
 _CLONE_NEW = 0x7E020000
 _PERSONALITY_QUERY = 0xFFFFFFFF
@@ -104,25 +111,60 @@ def _one_of(values: tuple[int, ...], refusal: int) -> list[Instruction]:
     return [step for each in code for step in (each, _allow)] + [_refuse(refusal)]
 
 
-def _special(network: bool) -> list[tuple[int, list[Instruction]]]:
+def _stream() -> list[Instruction]:
+    """Allow a socket of TCP."""
+    kind, protocol = ((_LOAD, 0, 0, _ARGUMENT + 8 * n) for n in (1, 2))
+    left = len(_STREAMS)
+    code: list[Instruction] = [kind]
+    code += [(_EQUAL, left - n, 0, each) for n, each in enumerate(_STREAMS)]
+    code += [_refuse(errno.EPROTONOSUPPORT), protocol]
+    return [*code, (_EQUAL, 1, 0, 0), (_EQUAL, 0, 1, _IPPROTO_TCP), _allow, _refuse(errno.EPERM)]
+
+
+def _options(*, setting: bool) -> list[Instruction]:
+    """Allow options of sockets, and what clients need of those of TCP."""
+    level, option = ((_LOAD, 0, 0, _ARGUMENT + 8 * n) for n in (1, 2))
+    own: list[Instruction] = [option]
+    if setting:
+        # Done, it seems: how large buffers are is a hint.
+        for each in (_SO_SNDBUF, _SO_RCVBUF):
+            own += [(_EQUAL, 0, 1, each), _refuse(0)]
+    own.append(_allow)
+    tcp = [option, *_one_of(_TCP_OPTIONS, errno.ENOPROTOOPT)]
+    code: list[Instruction] = [level, (_EQUAL, 0, len(own), _SOL_SOCKET), *own]
+    code += [(_EQUAL, 0, len(tcp), _IPPROTO_TCP), *tcp]
+    return [*code, _refuse(errno.ENOPROTOOPT)]
+
+
+def _special(network: bool, proxied: bool) -> list[tuple[int, list[Instruction]]]:
     first: Instruction = (_LOAD, 0, 0, _ARGUMENT)
     second: Instruction = (_LOAD, 0, 0, _ARGUMENT + 8)
     families = (_AF_UNIX, _AF_INET, _AF_INET6) if network else (_AF_UNIX,)
     third: tuple[Instruction, ...] = tuple((_LOAD, 0, 0, _ARGUMENT + 16 + n) for n in (0, 4))
     no = _refuse(errno.EPERM)
+    sockets = [first, *_one_of(families, errno.EAFNOSUPPORT)]
+    options: list[tuple[int, list[Instruction]]] = []
+    if proxied:
+        stream = _stream()
+        sockets = [first, (_EQUAL, 0, len(stream), _AF_INET), *stream, *sockets[1:]]
+        options = [
+            (_SETSOCKOPT, _options(setting=True)),
+            (_GETSOCKOPT, _options(setting=False)),
+        ]
     clone = [first, (_ANY_BIT, 0, 1, _CLONE_NEW), no, _allow]
     # Its own limits only: those of its init have the same uid. Asked for, they may be all.
     prlimit = [first, (_EQUAL, 1, 0, 0), no, second, (_EQUAL, 1, 0, _CORE), _allow]
     prlimit += [step for half in third for step in (half, (_EQUAL, 1, 0, 0), no)]
     return [
         (_IOCTL, [second, *_one_of(_IOCTLS, errno.ENOTTY)]),
-        (_SOCKET, [first, *_one_of(families, errno.EAFNOSUPPORT)]),
+        (_SOCKET, sockets),
         (_SOCKETPAIR, [first, *_one_of((_AF_UNIX,), errno.EAFNOSUPPORT)]),
         (_CLONE, clone),
         (_PERSONALITY, [first, *_one_of((_PERSONALITY_QUERY,), errno.EPERM)]),
         (_PRCTL, [first, *_one_of(_PRCTLS, errno.EINVAL)]),
         (_SETRLIMIT, [first, (_EQUAL, 0, 1, _CORE), no, _allow]),
         (_PRLIMIT, [*prlimit, _allow]),
+        *options,
     ]
 
 
@@ -150,8 +192,9 @@ def _search(ranges: list[tuple[int, bool]]) -> list[Instruction]:
     return [(_AT_LEAST, 0, 1, ranges[middle][0]), (_JUMP, 0, 0, len(low)), *low, *high]
 
 
-def program(*, network: bool = False) -> bytes:
-    """Return the filter as the kernel takes it; ``network`` allows sockets of the internet."""
+def program(*, network: bool = False, proxied: bool = False) -> bytes:
+    """Return the filter as the kernel takes it. ``network`` allows sockets of the internet,
+    ``proxied`` those of TCP over IPv4, with few options."""
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, _ARCH_X86_64),
@@ -160,7 +203,7 @@ def program(*, network: bool = False) -> bytes:
         (_AT_LEAST, 0, 1, _X32),
         _refuse(errno.ENOSYS),
     ]
-    for number, body in _special(network):
+    for number, body in _special(network, proxied):
         code += [(_EQUAL, 0, len(body), number), *body]
     code += _search(_ranges())
     return b"".join(struct.pack("=HBBI", *each) for each in code)

@@ -25,7 +25,7 @@ __all__ = ["Child", "Ended", "Zygote"]
 _START_S = 20.0
 _FORK_S = 10.0
 _END_S = 2.0
-_DESCRIPTORS = 4
+_DESCRIPTORS = 5
 _BOOTSTRAP = """
 import os, sys
 from types import ModuleType
@@ -58,7 +58,7 @@ class Child:
     """A child in its jail, that waits for a program or runs it."""
 
     def __init__(self, serial: int, sizes: tuple[int, int], fds: list[int]) -> None:
-        task, out, err, self._pidfd = fds
+        task, out, err, self._pidfd, *rest = fds
         self.serial = serial
         self.sizes = sizes
         self.task = Drain(task, at_once=False)
@@ -66,6 +66,8 @@ class Child:
         self.err = Drain(err)
         self.left: Drain | None = None
         """The entries of its scratch, when it is over and they were to be kept."""
+        self.listener = socket.socket(fileno=rest[0]) if rest else None
+        """Where its program comes out of its network, if it has one."""
         self.over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         """Set when no process of it is left: to how it ended, or None if its zygote died."""
         self._rest = memoryview(b"")
@@ -115,6 +117,8 @@ class Child:
             self.kill()
             self._open = False
             os.close(self._pidfd)
+            if self.listener is not None:
+                self.listener.close()
             for each in (self.task, self.out, self.err, self.left):
                 if each is not None:
                     each.close()

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from agentray.tools.sandbox import census, child, kernel, program, root
+from agentray.tools.sandbox import census, child, kernel, loopback, program, root
 
 __all__ = ["main"]
 
@@ -42,11 +42,12 @@ def main() -> Callable[[], None]:
     try:
         config: dict[str, Any] = marshal.loads(control.recv(_MESSAGE_BYTES))
         jail = _settle(config)
+        network = loopback.Loopback() if config.get("loopback") else None
     except BaseException as error:  # noqa: BLE001
         control.send(json.dumps(["failed", f"{type(error).__name__}: {error}"]).encode())
         os._exit(1)
     run = partial(program.run, without=frozenset(config["without"]))
-    zygote = _Zygote(control, jail)
+    zygote = _Zygote(control, jail, network)
     # Never freed in a child, which would copy all its pages for it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(zygote))
     if "globals" not in config["without"]:
@@ -123,9 +124,12 @@ class _Child:
 
 
 class _Zygote:
-    def __init__(self, control: _socket.socket, jail: child.Jail) -> None:
+    def __init__(
+        self, control: _socket.socket, jail: child.Jail, network: loopback.Loopback | None
+    ) -> None:
         self._control = control
         self._jail = jail
+        self._network = network
         self._children: dict[int, _Child] = {}
         self._ends: dict[int, int] = {}
         self._collectors: dict[int, int] = {}
@@ -197,7 +201,7 @@ class _Zygote:
         return found
 
     def _fork(self, serial: int, sizes: tuple[int, int]) -> int | None:
-        jail, folder, init, init_end = self._jail, "", -1, -1
+        jail, folder, init, init_end, listener = self._jail, "", -1, -1, -1
         if jail.isolated:
             scratch = self._tmpfs(sizes).make()
         else:
@@ -209,11 +213,13 @@ class _Zygote:
                 init = kernel.clone_init(jail.own)
                 init_end = os.pidfd_open(init)
                 self._into(init_end)
+                if self._network is not None:
+                    listener = self._network.make(init_end)
             pid = os.fork()
         except OSError:
             with contextlib.suppress(OSError):
                 self._into(self._me)
-            self._close(scratch, *ours, *theirs, init_end)
+            self._close(scratch, *ours, *theirs, init_end, listener)
             if init > 0:
                 _end_init(init)
             raise
@@ -224,8 +230,9 @@ class _Zygote:
         self._children[serial] = _Child(pid, init, scratch, folder)
         self._ends[ended] = serial
         self._poll.register(ended, select.POLLIN)
-        self._send_ends(serial, (*ours, init_end if jail.isolated else ended))
-        self._close(*ours, *theirs, init_end)
+        ends = (*ours, init_end if jail.isolated else ended, listener)
+        self._send_ends(serial, tuple(each for each in ends if each >= 0))
+        self._close(*ours, *theirs, init_end, listener)
         return None
 
     def _into(self, process: int) -> None:

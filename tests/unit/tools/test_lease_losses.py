@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agentray.tools.messages import Gone, Granted, Held, Kill, Refused, Revoke
+from agentray.tools.messages import Gone, Granted, Held, Kill, Refused, Revoke, Welcome
 from tests.unit.tools.lease_scene import Scene, key_of
 
 KEYS = ("a", "b", "c", "d")
@@ -18,6 +18,7 @@ class _Worker:
         self.jobs: dict[str, int] = {}
         self.kept: set[str] = set()
         self.void: set[int] = set()
+        self.first_lease = 0
 
 
 class _Question:
@@ -93,6 +94,8 @@ class Pool(RuleBasedStateMachine):
                         if message.lease not in worker.jobs.values():
                             worker.void.add(message.lease)
                             self.scene.revoked(message.lease)
+                    case Welcome() if worker is not None:
+                        worker.first_lease = message.first_lease
                     case Gone() if worker is not None:
                         # It begins anew: nothing of what it ran or kept counts any more.
                         del self.workers[worker.id]
@@ -143,7 +146,7 @@ class Pool(RuleBasedStateMachine):
             question.was_at = worker.id
         elif key in worker.kept:
             self.settle(key)
-        elif not lead.lease or lead.lease in worker.void:
+        elif lead.lease < max(1, worker.first_lease) or lead.lease in worker.void:
             question.lead = None
             self.ask(key)
         else:

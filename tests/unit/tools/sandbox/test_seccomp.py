@@ -120,3 +120,39 @@ def test_with_the_network_there_are_sockets_of_the_internet_and_no_others() -> N
     assert answer(program(network=True), 41, 2) == ALLOW
     assert answer(program(network=True), 41, 10) == ALLOW
     assert answer(program(network=True), 41, 17) == ERRNO | errno.EAFNOSUPPORT
+
+
+SOCKET, SETSOCKOPT, GETSOCKOPT = 41, 54, 55
+INET, STREAM, DATAGRAM, RAW, NONBLOCK_CLOEXEC = 2, 1, 2, 3, 0x80800
+IP, TCP, MPTCP, SCTP = 0, 6, 262, 132
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ((SOCKET, 1, DATAGRAM), ALLOW),
+        ((SOCKET, INET, STREAM, 0), ALLOW),
+        ((SOCKET, INET, STREAM | NONBLOCK_CLOEXEC, TCP), ALLOW),
+        ((SOCKET, INET, STREAM, MPTCP), ERRNO | errno.EPERM),
+        ((SOCKET, INET, STREAM, SCTP), ERRNO | errno.EPERM),
+        ((SOCKET, INET, DATAGRAM, 0), ERRNO | errno.EPROTONOSUPPORT),
+        ((SOCKET, INET, RAW, 1), ERRNO | errno.EPROTONOSUPPORT),
+        ((SOCKET, 10, STREAM, 0), ERRNO | errno.EAFNOSUPPORT),
+        ((SOCKET, 16, RAW, 0), ERRNO | errno.EAFNOSUPPORT),
+        ((SETSOCKOPT, 3, 1, 9), ALLOW),
+        # The size of a buffer: taken for a hint, and not passed on.
+        ((SETSOCKOPT, 3, 1, 8), ERRNO),
+        ((GETSOCKOPT, 3, 1, 8), ALLOW),
+        ((SETSOCKOPT, 3, TCP, 1), ALLOW),
+        ((SETSOCKOPT, 3, TCP, 31), ERRNO | errno.ENOPROTOOPT),
+        ((GETSOCKOPT, 3, TCP, 35), ERRNO | errno.ENOPROTOOPT),
+        ((SETSOCKOPT, 3, IP, 35), ERRNO | errno.ENOPROTOOPT),
+    ],
+)
+def test_with_a_proxy_there_is_tcp_and_little_of_it(call: tuple[int, ...], expected: int) -> None:
+    assert answer(program(proxied=True), *call) == expected
+
+
+def test_without_a_proxy_options_are_as_they_were() -> None:
+    assert answer(program(), SETSOCKOPT, 3, 1, 8) == ALLOW
+    assert answer(program(network=True), SETSOCKOPT, 3, IP, 1) == ALLOW
