@@ -98,9 +98,12 @@ async def test_a_text_that_is_cut_anywhere_goes_on_as_if_it_never_had_been(
 async def test_an_answer_that_broke_off_is_resumed_from_what_was_heard(
     client: ModelClient,
 ) -> None:
-    whole = await say(client, "tell me a story")
+    # So long that it cannot come at once, however busy the machine is.
+    most = 20 * TOKENS
+    whole = await say(client, "tell me a story", max_output_tokens=most)
     said = ""
-    async with aclosing(client.stream(asks("tell me a story"))) as answer:
+    request = asks("tell me a story", max_output_tokens=most)
+    async with aclosing(client.stream(request)) as answer:
         async for progress in answer:
             said += progress.text
             if len(said) >= 5:
@@ -111,7 +114,7 @@ async def test_an_answer_that_broke_off_is_resumed_from_what_was_heard(
         "tell me a story",
         said,
         continue_text=True,
-        max_output_tokens=TOKENS - len(said),
+        max_output_tokens=most - len(said),
     )
     assert said + rest == whole
 
