@@ -79,6 +79,7 @@ class Measured:
 
     since: float
     until: float
+    watched_until: float
     samples: list[Sample]
     pending: Sequence[tuple[str, float]]
     refused: Counter[str]
@@ -107,7 +108,7 @@ class Measured:
     def light(self) -> list[Light]:
         """Return the calls of the light tenants."""
         found = [(each.tenant, each.asked, each.answered, True) for each in self.samples]
-        found += [(tenant, asked, self.until, False) for tenant, asked in self.pending]
+        found += [(tenant, asked, self.watched_until, False) for tenant, asked in self.pending]
         return [
             Light(asked - self.since, 1e3 * (end - asked), answered)
             for tenant, asked, end, answered in found
@@ -162,7 +163,9 @@ class Load:
             self._over = True
             # Until all that runs now has ended: what is cut off tells nothing of its slot.
             await asyncio.sleep(UNIT_S * 10 + 0.5)
-            return Measured(since, until, self._samples, [*self._pending.values()], refused)
+            watched = time.monotonic()
+            pending = [*self._pending.values()]
+            return Measured(since, until, watched, self._samples, pending, refused)
         finally:
             await _cancelled([*tenants, *self._calls])
             await client.close()

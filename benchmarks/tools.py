@@ -109,9 +109,12 @@ class Tools:
 
     async def _firsts(self) -> None:
         self._report.say("first calls of new slots")
+        opened = self._times.setdefault("opening a slot", [])
         times = self._times.setdefault("first call of a new slot", [])
         for _ in range(self._scale.firsts):
+            began = time.perf_counter()
             async with slots(1, parked=False) as (slot,):
+                opened.append((time.perf_counter() - began) * 1e3)
                 times.append(await _timed(slot))
 
     async def _kills(self) -> None:
@@ -246,7 +249,7 @@ async def _warm(opened: Sequence[Slot]) -> None:
 
 async def _timed(slot: Slot) -> float:
     began = time.perf_counter()
-    outcome = await slot.run(Run(PythonCode(CODE)))
+    outcome = await slot.run(Run(PythonCode(CODE), keep_scratch=True))
     took = time.perf_counter() - began
     _expect(outcome.stdout == SAYS, outcome)
     return took * 1e3

@@ -22,7 +22,6 @@ from typing import Any, cast
 
 from agentray.app.address import door
 from agentray.app.jobs import BROKEN, FAILED, RUNNING, say
-from agentray.app.tool_workers import WorkerTools, check_tools, sandbox_trouble
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
 from agentray.models.serving import app_name
@@ -43,15 +42,18 @@ def main() -> None:
     os.environ.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
     # Now: the cluster is still starting.
     import_module("ray.serve")
+    # Not by the supervisor, which imports this module.
+    from agentray.app.tool_workers import check_tools
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     job = json.load(sys.stdin)
     try:
         connect(job["address"])
         if job["do"] == "deploy":
             settings = Settings.model_validate(job["settings"])
+            asyncio.run(check_tools(settings))
             if not job["alone"]:
                 _check_cluster(job["address"])
-            asyncio.run(check_tools(settings))
             _deploy(settings, job["hosts_app"], alone=job["alone"])
         else:
             _stop(job["drain_s"], job["models"], alone=job["alone"])
@@ -96,6 +98,7 @@ def _check_cluster(address: str) -> None:
 def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
     from ray.serve.config import HTTPOptions, ProxyLocation
 
+    from agentray.app.tool_workers import WorkerTools, sandbox_trouble
     from agentray.tools.scheduler import start_pool
 
     serve: Any = import_module("ray.serve")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agentray.clock import SystemClock
 from agentray.config.settings import BreakerSettings, McpSettings, Settings
@@ -55,20 +56,20 @@ class WorkerTools:
             settings,
             breaker=lambda host: Breaker(BreakerSettings()),
             clock=SystemClock(),
-            # Each worker has its part of what the gateway allows all together.
-            share=1 / settings.workers.max,
+            # Each has its part of what the gateway allows all together; there is one on each node.
+            share=1 / max(settings.workers.max, await asyncio.to_thread(_nodes)),
             sources=[servers],
         )
-        box.put([*local.specs, listing_tool(servers.specs)])
+        box.put([*local.specs, listing_tool(servers.known, servers.specs)])
         await servers.start()
         slots_of = _Slots(settings.sandbox.allow_weaker != "none", settings.code.cpus, box)
         runners = [SpecRunner(box, slots_of.open, late=servers.run) for _ in range(slots)]
-        try:
-            # What it lacks is known now, and the first call finds a sandbox that is ready.
-            await runners[0].prepare(Place(settings.sandbox.tier))
-        except SandboxUnavailableError as error:
-            log.warning("sandbox_unavailable", reason=error.message)
-        return [*runners[:-1], _Last(runners[-1], local)]
+        # One is ready before the first call, the others soon after.
+        place = Place(settings.sandbox.tier)
+        opening: asyncio.Task[None] | None = None
+        if await _prepared(runners[0], place):
+            opening = asyncio.create_task(_prepare(runners[1:], place))
+        return [*runners[:-1], _Last(runners[-1], local, opening)]
 
 
 class _Slots:
@@ -98,18 +99,46 @@ class _Slots:
 
 
 class _Last:
-    """The last runner of a worker, which closes the tools with itself."""
+    """The last runner of a worker, which closes with itself what all of them share."""
 
-    def __init__(self, runner: SpecRunner, box: Toolbox) -> None:
+    def __init__(
+        self, runner: SpecRunner, box: Toolbox, opening: asyncio.Task[None] | None
+    ) -> None:
         self._runner = runner
         self._box = box
+        self._opening = opening
 
     async def run(self, call: Any) -> Any:
         return await self._runner.run(call)
 
     async def close(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait({self._opening})
         await self._runner.close()
         await self._box.close()
+
+
+def _nodes() -> int:
+    # Not by those who only look at the settings.
+    import ray
+
+    nodes: list[dict[str, Any]] = cast(Any, ray).nodes()
+    return sum(node["Alive"] for node in nodes)
+
+
+async def _prepare(runners: Sequence[SpecRunner], place: Place) -> None:
+    for runner in runners:
+        await _prepared(runner, place)
+
+
+async def _prepared(runner: SpecRunner, place: Place) -> bool:
+    try:
+        await runner.prepare(place)
+    except SandboxUnavailableError as error:
+        log.warning("sandbox_unavailable", reason=error.message)
+        return False
+    return True
 
 
 def _runs_at(spec: ToolSpec, place: Place) -> bool:

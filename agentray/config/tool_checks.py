@@ -36,6 +36,9 @@ def bad_tools(settings: Settings) -> Iterator[tuple[Path, str]]:
     known = {*_BUILT_IN, *tools.http, *map(_sql_tool, tools.sql)}
     yield from _bad_names(tools)
     yield from _bad_secrets(tools)
+    workers = tools.workers
+    if workers.min is not None and workers.min > workers.max:
+        yield ("tools", "workers", "min"), f"found {workers.min}; expected at most {workers.max}"
     for name, agent in settings.agents.items():
         for tool in agent.tools:
             if tool in known or _in_group(tool, groups, tools):

@@ -21,7 +21,7 @@ from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
 from agentray.tools.cache import ResultCache
 from agentray.tools.client import ToolClient
-from agentray.tools.listing import LISTING, decode_specs
+from agentray.tools.listing import LISTING, Listing, decode_listing
 from agentray.tools.location import Locate
 from agentray.tools.runner import Ask
 from agentray.tools.spec import Toolbox
@@ -64,13 +64,13 @@ class OwnerTools:
         self._client = (
             ToolClient(owner_id, locate, clock=clock, metrics=metrics) if locate else None
         )
-        self._longest_cache_s = 1.0
         self._redis_url = settings.redis.url.get_secret_value()
         self._redis_settings = settings.redis
         self._metrics = metrics
         self._results: RedisAnswers | None = None
         self._local: Toolbox | None = None
-        self._listed: tuple[str, ...] = ()
+        self._listed: set[str] = set()
+        self._groups: set[str] = set()
         self._known = asyncio.Event()
         self._numbers = itertools.count(1)
         self.calls = ToolCalls(
@@ -107,15 +107,18 @@ class OwnerTools:
 
     async def run(self) -> None:
         """Keep the list of what MCP servers offer, which only workers can ask; endless."""
+        pause_s = _SOON_S
         while True:
-            listed = await self._list()
-            await asyncio.sleep(_LISTING_S if listed else _SOON_S)
+            # Servers that are not there yet may soon be.
+            pause_s = _LISTING_S if await self._list() else min(2 * pause_s, _LISTING_S)
+            await asyncio.sleep(pause_s)
 
     async def known(self) -> None:
-        """Return when the tools of MCP servers are known, or it takes too long."""
+        """Return when a worker has told the tools of MCP servers, or it takes too long."""
         if self._settings.mcp and self._client is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._known.wait(), _FIRST_LISTING_S)
+                async with asyncio.timeout(_FIRST_LISTING_S):
+                    await self._known.wait()
 
     @property
     def lists(self) -> bool:
@@ -132,6 +135,7 @@ class OwnerTools:
             await self._results.close()
 
     async def _list(self) -> bool:
+        """Ask a worker; return whether the tools of all servers are known."""
         assert self._client is not None
         number = next(self._numbers)
         ask = Ask(
@@ -153,14 +157,21 @@ class OwnerTools:
             log.warning("tools_not_listed", reason=result.reason)
             return False
         try:
-            specs = decode_specs(result.output.encode())
+            return self.learn(decode_listing(result.output.encode()))
         except msgspec.DecodeError as error:
             log.warning("tools_not_listed", error=str(error))
             return False
-        self.box.put(specs, instead_of=self._listed)
-        self._listed = tuple(spec.name for spec in specs)
+
+    def learn(self, found: Listing) -> bool:
+        """Take in what a worker told; return whether the tools of all servers are known by now."""
+        # What this worker cannot tell yet stays as another one told it.
+        gone = {name for name in self._listed if found.has(name)}
+        specs = found.specs()
+        self.box.put(specs, instead_of=gone)
+        self._listed = (self._listed - gone) | {spec.name for spec in specs}
+        self._groups |= set(found.groups)
         self._known.set()
-        return True
+        return len(self._groups) >= len(self._settings.mcp)
 
     def _count(self, outcome: Literal["hit", "shared", "miss", "unavailable"]) -> None:
         self._metrics.tool_cache.labels(outcome).inc()

@@ -10,7 +10,7 @@ import msgspec
 
 from agentray.agents.spec import Agents
 from agentray.clock import Clock
-from agentray.errors import AgentRayError, ToolError
+from agentray.errors import AgentRayError, StorageError, ToolError
 from agentray.events import ToolCall
 from agentray.models.checks import arguments_problem
 from agentray.sessions.actor import SessionActor
@@ -27,12 +27,20 @@ log = get_logger(__name__)
 
 # A session's files are kept in memory up to this size: most have none, or few.
 _REMEMBERED_BYTES = 64 * 1024
+_KEEP_S = 30.0
+_AGAIN_S = 0.2
 
 
 class ToolPool(Protocol):
     """The pool of tool workers: see ``ToolClient``."""
 
-    async def call(self, ask: Ask, *, on_queued: OnQueued | None = None) -> ToolResult: ...
+    async def call(
+        self,
+        ask: Ask,
+        *,
+        on_queued: OnQueued | None = None,
+        on_granted: Callable[[], None] | None = None,
+    ) -> ToolResult: ...
 
     async def fence(self, tenant: str, session_id: str, epoch: int) -> None: ...
 
@@ -141,36 +149,39 @@ class ToolCalls:
         """Run a call in the session's working directory, and keep what it leaves there."""
         found = await self._files(actor, seq)
         result = await self._in_pool(pool, call, self._ask(actor, spec, call, key, found))
-        left = result.scratch
-        if left is not None and left != found:
-            kept = await self._scratch.write_scratch(
-                actor.tenant, actor.id, epoch=actor.epoch, seq=seq, body=left
-            )
+        left, output = result.scratch, result.output
+        if left is not None and left != found and not await self._keep(actor, seq, left):
+            output += "\n[its files could not be kept]"
+        return msgspec.structs.replace(result, output=output, scratch=None)
+
+    async def _keep(self, actor: SessionActor, seq: int, left: bytes) -> bool:
+        """Keep the files of a call that ran; its result stands whatever becomes of them."""
+        gives_up_at = self._clock.monotonic() + _KEEP_S
+        while True:
+            try:
+                kept = await self._scratch.write_scratch(
+                    actor.tenant, actor.id, epoch=actor.epoch, seq=seq, body=left
+                )
+            except StorageError as error:
+                log.warning("files_not_kept", session=actor.id, error=error.message)
+                if not error.retryable or self._clock.monotonic() >= gives_up_at:
+                    actor.files = None
+                    return False
+                await asyncio.sleep(_AGAIN_S)
+                continue
             if kept:
                 actor.files = (seq, left) if len(left) <= _REMEMBERED_BYTES else None
-        return msgspec.structs.replace(result, scratch=None)
+            # Else another process owns the session: what this one says of it counts no more.
+            return True
 
     async def _in_pool(self, pool: ToolPool, call: ToolCall, ask: Ask) -> ToolResult:
-        """Run a call in the pool; where it waits is to be seen until it ends."""
-        telling: asyncio.Task[None] | None = None
-
-        def tell(position: int, wait_s: float) -> None:
-            nonlocal telling
-            if telling is not None and not telling.done():
-                return
-            place = WaitingCall(call.call_id, call.name, position, wait_s, self._clock.now())
-            telling = asyncio.get_running_loop().create_task(
-                self._waiting.put_waiting(
-                    ask.tenant, ask.session_id, call.call_id, msgspec.json.encode(place)
-                )
-            )
-
+        """Run a call in the pool; where it waits is to be seen until it has a slot."""
+        told = _Told(self._waiting, ask, call, self._clock)
         try:
-            return await pool.call(ask, on_queued=tell)
+            return await pool.call(ask, on_queued=told.queued, on_granted=told.granted)
         finally:
-            if telling is not None:
-                await telling
-                await self._waiting.put_waiting(ask.tenant, ask.session_id, call.call_id, None)
+            told.granted()
+            await told.written()
 
     async def _files(self, actor: SessionActor, seq: int) -> bytes:
         """Return what the call in front of ``seq`` left."""
@@ -200,6 +211,46 @@ class ToolCalls:
             scratch=scratch,
             on_crash=spec.on_crash,
         )
+
+
+class _Told:
+    """What the store is told of a call that waits: its newest place, until it has a slot."""
+
+    def __init__(self, store: WaitingStore, ask: Ask, call: ToolCall, clock: Clock) -> None:
+        self._store = store
+        self._ask = ask
+        self._call = call
+        self._clock = clock
+        self._place: WaitingCall | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    def queued(self, position: int, wait_s: float) -> None:
+        call, now = self._call, self._clock.now()
+        self._place = WaitingCall(call.call_id, call.name, position, wait_s, now)
+        self._write()
+
+    def granted(self) -> None:
+        if self._place is not None:
+            self._place = None
+            self._write()
+
+    async def written(self) -> None:
+        """Return when the store has it all."""
+        if self._writing is not None:
+            await self._writing
+
+    def _write(self) -> None:
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write_newest())
+
+    async def _write_newest(self) -> None:
+        while True:
+            place = self._place
+            body = None if place is None else msgspec.json.encode(place)
+            ask = self._ask
+            await self._store.put_waiting(ask.tenant, ask.session_id, self._call.call_id, body)
+            if self._place is place:
+                return
 
 
 def _refused(said: str, reason: str = "refused") -> ToolResult:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import aiohttp
@@ -37,6 +38,8 @@ _PAUSE_S = 0.1
 # A program that is refused may still be sending; it is to read why.
 _LINGER_S, _LINGER_PARTS = 1.0, 64
 _REASON_CHARS = 200
+# On, and for no time: its end is a reset.
+_RESET = struct.pack("ii", 1, 0)
 _STATUS = {"refused": 403, "upstream": 502, "timeout": 504}
 _TARGET = re.compile(r"[^/?#@\\]+:[0-9]{1,5}")
 # Of one connection only (RFC 9110, 7.6.1), and what the next one has of its own.
@@ -109,10 +112,17 @@ class _Peer:
         self.writer.write(self._http.send(event) or b"")
         await self.writer.drain()
 
+    def cut(self) -> None:
+        """End the connection, so that what is missing does not look like an end."""
+        own = self.writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.writer.transport.abort()
+
     async def refuse(self, status: int, problem: str) -> None:
         """Say why there is no answer; cut the connection where it has begun already."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.writer.transport.abort()
+            self.cut()
             return
         text = problem.encode("ascii", "replace")[:_REASON_CHARS]
         body = text + b"\n"
@@ -221,8 +231,7 @@ class ForwardProxy:
             writer.close()
             await writer.wait_closed()
         except* (OSError, ToolError):
-            # Cut, so that what was lost does not look like an end.
-            peer.writer.transport.abort()
+            peer.cut()
         finally:
             writer.transport.abort()
 

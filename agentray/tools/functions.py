@@ -132,6 +132,10 @@ def tool(
         if cpu <= 0 or timeout_s <= 0 or cache_s < 0:
             raise ValueError(f"tool {known!r}: cpu and timeout_s are above 0, cache_s is not below")
         arguments = _Arguments(function, known)
+        if cache_s and arguments.context:
+            raise ValueError(
+                f"tool {known!r}: results that depend on the session cannot be shared (cache_s)"
+            )
         target = f"{function.__module__}:{function.__qualname__}.call_json"
 
         def program(values: dict[str, Any]) -> FunctionCall:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -10,14 +10,12 @@ import msgspec
 from agentray.tools.sandbox.base import Limits, Tier
 from agentray.tools.spec import OnCrash, ToolContext, ToolSpec
 
-__all__ = ["LISTING", "decode_specs", "encode_specs", "listing_tool"]
+__all__ = ["LISTING", "Listing", "decode_listing", "encode_listing", "listing_tool"]
 
 LISTING = ".listing"
 """A tool that workers have and no agent can name: it returns the tools that only workers know."""
 
 _MOST_BYTES = 8 * 1024 * 1024
-
-Run = Callable[[dict[str, Any], ToolContext], Awaitable[str]]
 
 
 class _Shipped(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,37 +34,47 @@ class _Shipped(msgspec.Struct, frozen=True, omit_defaults=True):
     context_argument: str = ""
 
 
-_decoder = msgspec.json.Decoder(list[_Shipped])
+class Listing(msgspec.Struct, frozen=True):
+    """The tools of the groups that a worker knows; of others it cannot tell yet."""
+
+    groups: tuple[str, ...]
+    tools: list[_Shipped]
+
+    def specs(self) -> list[ToolSpec]:
+        """Return the tools, without what runs them: a host sends its calls to workers."""
+        return [ToolSpec(**msgspec.structs.asdict(tool)) for tool in self.tools]
+
+    def has(self, name: str) -> bool:
+        """Return whether the tool of this name, if it is there, is one of ``tools``."""
+        return name.partition("__")[0] in self.groups
 
 
-def encode_specs(specs: Iterable[ToolSpec]) -> bytes:
-    """Return everything of tools but what runs them, as JSON."""
+_decoder = msgspec.json.Decoder(Listing)
+
+
+def encode_listing(groups: Iterable[str], specs: Iterable[ToolSpec]) -> bytes:
+    """Return everything of the tools of some groups but what runs them, as JSON."""
     fields = _Shipped.__struct_fields__
-    return msgspec.json.encode(
-        [_Shipped(**{field: getattr(spec, field) for field in fields}) for spec in specs]
-    )
+    tools = [_Shipped(**{field: getattr(spec, field) for field in fields}) for spec in specs]
+    return msgspec.json.encode(Listing(tuple(groups), tools))
 
 
-def decode_specs(
-    encoded: bytes, run: Callable[[str], Run | None] = lambda name: None
-) -> list[ToolSpec]:
-    """Return tools that were shipped. ``run`` finds what runs the one of a name; a host, which
-    sends its calls to workers, needs none.
+def decode_listing(encoded: bytes) -> Listing:
+    """Return a listing that was shipped.
 
     Raises:
-        msgspec.DecodeError: it is no such list.
+        msgspec.DecodeError: it is none.
     """
-    return [
-        ToolSpec(**msgspec.structs.asdict(found), run=run(found.name))
-        for found in _decoder.decode(encoded)
-    ]
+    return _decoder.decode(encoded)
 
 
-def listing_tool(specs: Callable[[], Iterable[ToolSpec]]) -> ToolSpec:
-    """Return the tool ``LISTING``, whose result ``decode_specs`` reads."""
+def listing_tool(
+    groups: Callable[[], Iterable[str]], specs: Callable[[], Iterable[ToolSpec]]
+) -> ToolSpec:
+    """Return the tool ``LISTING``, whose result ``decode_listing`` reads."""
 
     async def run(arguments: dict[str, Any], context: ToolContext) -> str:
-        return encode_specs(specs()).decode()
+        return encode_listing(groups(), specs()).decode()
 
     return ToolSpec(
         name=LISTING,

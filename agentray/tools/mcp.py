@@ -95,6 +95,10 @@ class McpServers:
         """Return the tools that have been listed so far."""
         return [spec for server in self._servers.values() for spec in server.specs()]
 
+    def known(self) -> list[str]:
+        """Return what the names of the tools begin with of the servers that have listed theirs."""
+        return [prefix for prefix, server in self._servers.items() if server.known]
+
     def run(self, name: str) -> Run | None:
         """Return what runs a tool that another process has listed; None if it is of no server."""
         prefix, mark, _ = name.partition("__")
@@ -141,6 +145,10 @@ class _Server:
     async def start(self) -> None:
         self._eager = True
         await self._attempted()
+
+    @property
+    def known(self) -> bool:
+        return self._known
 
     def specs(self) -> list[ToolSpec]:
         settings = self._settings

@@ -60,6 +60,7 @@ class SpecRunner:
         self._open_slot = open_slot
         self._late = late
         self._slots: dict[Place, Slot] = {}
+        self._opening = asyncio.Lock()
 
     async def prepare(self, place: Place) -> None:
         """Open a sandbox ahead of its first call.
@@ -67,8 +68,9 @@ class SpecRunner:
         Raises:
             ToolError: the tier cannot be had.
         """
-        if place not in self._slots:
-            self._slots[place] = await self._open_slot(place)
+        async with self._opening:
+            if place not in self._slots:
+                self._slots[place] = await self._open_slot(place)
 
     async def run(self, call: Ask) -> ToolResult:
         """Run a call; whatever becomes of it is a result. A cancellation ends it and goes on."""
@@ -207,4 +209,5 @@ def _idempotency_key(call: Ask) -> str:
 
 
 def _error(output: str, reason: str) -> ToolResult:
-    return ToolResult("error", output.translate(_NUL), reason)
+    # Nor can texts of the wire have what no encoding has.
+    return ToolResult("error", output.translate(_NUL).encode(errors="replace").decode(), reason)

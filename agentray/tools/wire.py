@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -27,8 +28,16 @@ log = get_logger(__name__)
 MAX_FRAME = 192 * 1024 * 1024
 _MAX_HELLO = 4096
 _HELLO_S = 10.0
-# What a peer does not take is kept for it up to this.
-_MAX_UNSENT = 256 * 1024 * 1024
+# What is sent in one pass of the loop is gathered up to this.
+_GATHERED_BYTES = 256 * 1024
+# More is not given to the socket before the peer has taken some: eight slots may send 64 MiB each,
+# and what waits as a message takes no memory that its result does not take anyway.
+_MAX_BUFFERED = 4 * 1024 * 1024
+# A peer that takes nothing for so long is given up, and one that leaves so many messages.
+_STALLED_S = 15.0
+_MAX_WAITING = 200_000
+# Time is counted in looks at it: a process that was paused has not waited for its peers.
+_LOOKS = 5
 
 # A machine that vanished says nothing: asked after 5 s, it is given up after 15.
 _SOCKET_OPTIONS = [
@@ -59,7 +68,11 @@ class Listener(Protocol):
 
 
 class Link(asyncio.Protocol):
-    """One end of a connection. ``send`` gathers what is sent in one pass of the loop."""
+    """One end of a connection.
+
+    ``send`` gathers what is sent in one pass of the loop, and keeps its order. While the peer does
+    not take what was sent, messages wait here, unencoded.
+    """
 
     def __init__(self, listener: Listener, *, token: str, hello: Hello | None = None) -> None:
         self._listener = listener
@@ -69,26 +82,44 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._read = bytearray()
         self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._waiting: deque[Message] = deque()
+        self._paused = False
         self._loop = asyncio.get_running_loop()
         self._impatience: asyncio.TimerHandle | None = None
+        self._watches: dict[str, asyncio.TimerHandle] = {}
+        self._messages = 0
         self.name = ""
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def has_spoken(self) -> bool:
+        """Whether the peer has said anything but its token."""
+        return self._messages > 0
+
     def send(self, message: Message) -> None:
         """Send a message, if the connection is still there."""
         if self._transport is None:
             return
-        body = _encoder.encode(message)
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
-        self._unsent.append(len(body).to_bytes(4, "big"))
-        self._unsent.append(body)
+        if not self._paused and not self._waiting:
+            self._gather(message)
+        elif len(self._waiting) < _MAX_WAITING:
+            self._waiting.append(message)
+        else:
+            log.warning("tool_peer_too_slow", peer=self.name)
+            self.abort()
+
+    def expect(self, silent_s: float, on_silence: Callable[[], None]) -> None:
+        """Call ``on_silence``, once, when the peer has said nothing for so long."""
+        self._watch("silence", silent_s, lambda: self._messages, on_silence)
 
     def close(self) -> None:
         """Send what is left and close."""
+        while self._waiting:
+            self._gather(self._waiting.popleft())
         self._flush()
         if self._transport is not None:
             self._transport.close()
@@ -98,17 +129,71 @@ class Link(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def _gather(self, message: Message) -> None:
+        body = _encoder.encode(message)
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += (len(body).to_bytes(4, "big"), body)
+        self._unsent_bytes += 4 + len(body)
+        if self._unsent_bytes >= _GATHERED_BYTES:
+            self._flush()
+
     def _flush(self) -> None:
-        if self._unsent and self._transport is not None:
-            self._transport.write(b"".join(self._unsent))
-            if self._transport.get_write_buffer_size() > _MAX_UNSENT:
-                log.warning("tool_peer_too_slow", peer=self.name)
-                self._transport.abort()
-        self._unsent.clear()
+        unsent, self._unsent, size = self._unsent, [], self._unsent_bytes
+        self._unsent_bytes = 0
+        # What is large is not copied for the sake of fewer writes.
+        for part in unsent if size > _GATHERED_BYTES else filter(None, [b"".join(unsent)]):
+            if self._transport is not None:
+                self._transport.write(part)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        transport = self._transport
+        assert transport is not None
+        self._watch("stall", _STALLED_S, transport.get_write_buffer_size, self._stalled)
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._unwatch("stall")
+        while self._waiting and not self._paused:
+            try:
+                # More than a little of it pauses again.
+                self._gather(self._waiting.popleft())
+            except ValueError:
+                # Nobody is there to be told: as if the connection had been lost.
+                log.exception("tool_message_not_sent", peer=self.name)
+                self.abort()
+                return
+
+    def _stalled(self) -> None:
+        log.warning("tool_peer_too_slow", peer=self.name)
+        self.abort()
+
+    def _watch(
+        self, what: str, after_s: float, state: Callable[[], int], then: Callable[[], None]
+    ) -> None:
+        """Call ``then`` when ``state`` has stayed as it is for so long."""
+
+        def look(before: int, left: int) -> None:
+            now = state()
+            if now != before:
+                left = _LOOKS
+            if left:
+                self._watches[what] = self._loop.call_later(after_s / _LOOKS, look, now, left - 1)
+            else:
+                then()
+
+        self._unwatch(what)
+        look(state(), _LOOKS)
+
+    def _unwatch(self, what: str) -> None:
+        if (watch := self._watches.pop(what, None)) is not None:
+            watch.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclass of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_MAX_BUFFERED)
         sock: socket.socket | None = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             for level, name, value in _SOCKET_OPTIONS:
@@ -145,6 +230,7 @@ class Link(asyncio.Protocol):
             log.warning("tool_message_refused", peer=self.name)
             return False
         if self._open:
+            self._messages += 1
             self._listener.received(self, message)
             return True
         shown = isinstance(message, Hello) and hmac.compare_digest(
@@ -161,8 +247,12 @@ class Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._unsent.clear()
+        self._waiting.clear()
         if self._impatience is not None:
             self._impatience.cancel()
+        for what in list(self._watches):
+            self._unwatch(what)
         if self._open:
             self._listener.closed(self)
 

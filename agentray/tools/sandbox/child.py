@@ -26,13 +26,11 @@ class Jail:
     def __init__(self, config: dict[str, Any], proc: str) -> None:
         without = config["without"]
         self.isolated: bool = config["isolated"]
-        # Of System V objects each slot has one, empty, and mostly of the network; see the filter.
+        # Of the network and of System V objects each slot has one, empty; see the filter.
         self.own = kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS
         if "pid_ns" in without:
             self.own &= ~kernel.CLONE_NEWPID
-        if config.get("loopback"):
-            self.own |= kernel.CLONE_NEWNET
-        self.enter = kernel.enter(self.own & ~kernel.CLONE_NEWPID)
+        self.enter = kernel.enter(kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS)
         self.place: str = config["place"]
         # Without it, the zygote's own is there.
         self.fresh = "scratch_wipe" not in without

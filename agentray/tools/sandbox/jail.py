@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError, ToolError
-from agentray.tools.sandbox import scratch
+from agentray.tools.sandbox import scratch, serving
 from agentray.tools.sandbox.attempt import Attempt
 from agentray.tools.sandbox.base import (
     FunctionCall,
@@ -22,7 +22,6 @@ from agentray.tools.sandbox.base import (
     Outcome,
     PythonCode,
     Run,
-    Serve,
     Start,
     Tier,
 )
@@ -72,7 +71,7 @@ class JailSlot:
         self._lease = lease
         self._folder = folder
         self._proxied = proxied
-        # Of all its runs, where these have no network of their own.
+        # Where its zygote, which has the machine's network, has none.
         self._listener = listener
         self._without = without
         self._counts_memory = cgroup is not None and "memory" in cgroup.quotas
@@ -168,7 +167,8 @@ class JailSlot:
             return Outcome("failed", error=f"no child could be made: {error}")
         self._limit_memory(run.limits)
         attempt = Attempt(child, run, start, self._cgroup, without=self._without)
-        serving = self._serve(child, run.network) if self._proxied else None
+        listener = self._zygote.listener or self._listener
+        network = None if listener is None else serving.begin(listener, run.network)
         try:
             self._prepare(child, run)
             await attempt.go(self._message(run, files))
@@ -181,20 +181,9 @@ class JailSlot:
             await self._end(child)
             raise
         finally:
-            if serving is not None:
-                # Before the listener is closed under it.
-                serving.cancel()
-                await asyncio.wait([serving], timeout=_GONE_S)
+            if network is not None:
+                await serving.end(network)
             child.close()
-
-    def _serve(self, child: Child, network: Serve | None) -> asyncio.Task[None] | None:
-        listener = child.listener or self._listener
-        if network is not None and listener is not None:
-            return asyncio.create_task(network(listener))
-        if child.listener is not None:
-            # Refused at once, instead of waiting for nobody.
-            child.listener.close()
-        return None
 
     async def launch(self, argv: Sequence[str], env: Mapping[str, str]) -> tuple[Child, int, int]:
         """Start a program for as long as it wants, within the ceiling, but for its wall time.

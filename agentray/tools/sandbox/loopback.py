@@ -1,4 +1,4 @@
-"""Make the network of one run: a loopback of its own, with a listener that others serve.
+"""Make a network that is a loopback alone, with a listener that somebody outside serves.
 
 The zygote runs this, so it needs the standard library only.
 """
@@ -10,16 +10,14 @@ import fcntl
 import os
 import struct
 
-from agentray.tools.sandbox import kernel
-
-__all__ = ["PORT", "Loopback", "proxy_variables"]
+__all__ = ["PORT", "bound_backlogs", "open_listener", "proxy_variables"]
 
 PORT = 3128
-"""Where programs find the listener of their run, at 127.0.0.1."""
+"""Where programs find the listener, at 127.0.0.1."""
 
 # Connections that wait to be accepted.
 _BACKLOG = 8
-_SIOCGSKNS, _SIOCSIFFLAGS, _SIOCSIFNETMASK, _SIOCSIFMTU = 0x894C, 0x8914, 0x891C, 0x8922
+_SIOCSIFFLAGS, _SIOCSIFNETMASK, _SIOCSIFMTU = 0x8914, 0x891C, 0x8922
 _UP = 0x1
 _MTU_BYTES = 4096
 # The kernel's buffers of TCP are counted by no quota but cgroup v2's. So there are few ports, one
@@ -30,9 +28,8 @@ _LIMITS = {
     "ipv4/ip_unprivileged_port_start": f"{_FIRST_PORT}",
     "ipv4/tcp_rmem": "4096 32768 32768",
     "ipv4/tcp_wmem": "4096 32768 32768",
-    # Ports are free again at once: in there nothing of a connection can come late.
+    # Ports are free again at once, for the next run too: nothing of a connection comes late here.
     "ipv4/tcp_max_tw_buckets": "0",
-    "core/somaxconn": "16",
 }
 
 
@@ -43,43 +40,23 @@ def proxy_variables(port: int) -> dict[str, str]:
     return {**found, **{name.upper(): value for name, value in found.items()}}
 
 
-class Loopback:
-    """Furnishes the network namespaces of runs, from a process that may enter them."""
+def bound_backlogs() -> None:
+    """Let few connections wait at each listener of this network namespace, Unix ones too.
 
-    def __init__(self) -> None:
-        """Try it, so that what is missing is known at once.
-
-        Raises:
-            OSError: this process cannot make such a network.
-        """
-        own = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
-        # Of a socket, because there may be no /proc with a name for it.
-        self._home = fcntl.ioctl(own.fileno(), _SIOCGSKNS)
-        os.set_inheritable(self._home, False)
-        own.close()
-        self._enter = kernel.enter(kernel.CLONE_NEWNET)
-        try:
-            kernel.unshare(kernel.CLONE_NEWNET)
-            os.close(_furnished())
-        finally:
-            self._enter(self._home)
-
-    def make(self, process: int) -> int:
-        """Make the network of a process's namespace, by its pidfd, and return its listener."""
-        self._enter(process)
-        try:
-            return _furnished()
-        finally:
-            self._enter(self._home)
+    What was sent to them needs no descriptor, and so it would be bounded by no quota.
+    """
+    _write("core/somaxconn", f"{_BACKLOG}")
 
 
-def _furnished() -> int:
+def open_listener() -> int:
+    """Make this process's network namespace a loopback, and return the descriptor of a listener.
+
+    Raises:
+        OSError: it cannot be made, or not be bounded.
+    """
+    bound_backlogs()
     for name, value in _LIMITS.items():
-        file = os.open(f"/proc/sys/net/{name}", os.O_WRONLY)
-        try:
-            os.write(file, value.encode())
-        finally:
-            os.close(file)
+        _write(name, value)
     any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     _set(any_socket, _SIOCSIFMTU, struct.pack("i", _MTU_BYTES))
     _set(any_socket, _SIOCSIFFLAGS, struct.pack("h", _UP))
@@ -90,6 +67,14 @@ def _furnished() -> int:
     listener.bind(("127.0.0.1", PORT))
     listener.listen(_BACKLOG)
     return listener.detach()
+
+
+def _write(name: str, value: str) -> None:
+    file = os.open(f"/proc/sys/net/{name}", os.O_WRONLY)
+    try:
+        os.write(file, value.encode())
+    finally:
+        os.close(file)
 
 
 def _set(any_socket: _socket.socket, what: int, value: bytes) -> None:

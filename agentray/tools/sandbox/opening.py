@@ -157,6 +157,8 @@ async def open_jail(
     """
     if why := unsupported():
         raise SandboxUnavailableError(why, tier="jail")
+    if proxied and (network or "net_ns" in without):
+        raise ValueError("a proxied jail has a network of its own")
     root = os.geteuid() == 0
     if unknown := without - DEFENCES:
         raise ValueError(f"no such defences: {', '.join(sorted(unknown))}")

@@ -25,7 +25,7 @@ __all__ = ["Child", "Ended", "Zygote"]
 _START_S = 20.0
 _FORK_S = 10.0
 _END_S = 2.0
-_DESCRIPTORS = 5
+_DESCRIPTORS = 4
 _BOOTSTRAP = """
 import os, sys
 from types import ModuleType
@@ -58,7 +58,7 @@ class Child:
     """A child in its jail, that waits for a program or runs it."""
 
     def __init__(self, serial: int, sizes: tuple[int, int], fds: list[int]) -> None:
-        task, out, err, self._pidfd, *rest = fds
+        task, out, err, self._pidfd = fds
         self.serial = serial
         self.sizes = sizes
         self.task = Drain(task, at_once=False)
@@ -66,8 +66,6 @@ class Child:
         self.err = Drain(err)
         self.left: Drain | None = None
         """The entries of its scratch, when it is over and they were to be kept."""
-        self.listener = socket.socket(fileno=rest[0]) if rest else None
-        """Where its program comes out of its network, if it has one."""
         self.over: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         """Set when no process of it is left: to how it ended, or None if its zygote died."""
         self._rest = memoryview(b"")
@@ -117,8 +115,6 @@ class Child:
             self.kill()
             self._open = False
             os.close(self._pidfd)
-            if self.listener is not None:
-                self.listener.close()
             for each in (self.task, self.out, self.err, self.left):
                 if each is not None:
                     each.close()
@@ -139,6 +135,19 @@ def _handed_on(control: socket.socket, *, all_others: bool) -> dict[str, Any]:
         return {"pass_fds": (control.fileno(),)}
     control.set_inheritable(True)
     return {"close_fds": False}
+
+
+async def _first(control: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the first message, and the descriptors that came with it."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(control, _settle, readable)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(control)
+    message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+    return message, list(fds)
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
@@ -179,6 +188,8 @@ class Zygote:
         self.oom_kills = 0
         self.own_bytes = 0
         self.sees_processes = False
+        self.listener: socket.socket | None = None
+        """What its children's programs can connect to, if to anything."""
 
     @property
     def alive(self) -> bool:
@@ -206,7 +217,7 @@ class Zygote:
             ours.send(str(Path(__file__).parent).encode())
             ours.send(marshal.dumps(self._config))
             async with asyncio.timeout(_START_S):
-                answer = await asyncio.get_running_loop().sock_recv(ours, 65536)
+                answer, fds = await _first(ours)
             if not answer:
                 raise SandboxUnavailableError("the zygote died as it started", tier=self._tier)
             kind, *facts = json.loads(answer)
@@ -220,6 +231,9 @@ class Zygote:
             if process is not None:
                 await _ended(process)
             raise
+        if self.listener is not None:
+            self.listener.close()
+        self.listener = socket.socket(fileno=fds[0]) if fds else None
         self._process, self._control = process, ours
         self.sees_processes = bool(facts[0])
         if self._cgroup is not None:
@@ -269,6 +283,8 @@ class Zygote:
     async def close(self) -> None:
         """End it and all its children, and remove its cgroup."""
         self._lost()
+        if self.listener is not None:
+            self.listener.close()
         if self._process is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _END_S)

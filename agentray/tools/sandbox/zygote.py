@@ -42,19 +42,22 @@ def main() -> Callable[[], None]:
     try:
         config: dict[str, Any] = marshal.loads(control.recv(_MESSAGE_BYTES))
         jail = _settle(config)
-        network = loopback.Loopback() if config.get("loopback") else None
+        listener = loopback.open_listener() if config.get("loopback") else -1
     except BaseException as error:  # noqa: BLE001
         control.send(json.dumps(["failed", f"{type(error).__name__}: {error}"]).encode())
         os._exit(1)
     run = partial(program.run, without=frozenset(config["without"]))
-    zygote = _Zygote(control, jail, network)
+    zygote = _Zygote(control, jail)
     # Never freed in a child, which would copy all its pages for it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(zygote))
     if "globals" not in config["without"]:
         gc.collect()
         gc.freeze()
         gc.disable()
-    control.send(json.dumps(["ready", jail.proc is not None]).encode())
+    ready = json.dumps(["ready", jail.proc is not None]).encode()
+    _send(control, ready, (listener,) if listener >= 0 else ())
+    if listener >= 0:
+        os.close(listener)
     return partial(run, zygote.serve())
 
 
@@ -65,6 +68,10 @@ def _settle(config: dict[str, Any]) -> child.Jail:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if config["isolated"]:
         root.enter(config)
+        if not config["network"]:
+            # Where there is no /proc, no count of memory is whole.
+            with contextlib.suppress(OSError):
+                loopback.bound_backlogs()
     else:
         kernel.adopt()
     # The modules' way of reseeding after a fork would do it a second time.
@@ -124,12 +131,9 @@ class _Child:
 
 
 class _Zygote:
-    def __init__(
-        self, control: _socket.socket, jail: child.Jail, network: loopback.Loopback | None
-    ) -> None:
+    def __init__(self, control: _socket.socket, jail: child.Jail) -> None:
         self._control = control
         self._jail = jail
-        self._network = network
         self._children: dict[int, _Child] = {}
         self._ends: dict[int, int] = {}
         self._collectors: dict[int, int] = {}
@@ -201,7 +205,7 @@ class _Zygote:
         return found
 
     def _fork(self, serial: int, sizes: tuple[int, int]) -> int | None:
-        jail, folder, init, init_end, listener = self._jail, "", -1, -1, -1
+        jail, folder, init, init_end = self._jail, "", -1, -1
         if jail.isolated:
             scratch = self._tmpfs(sizes).make()
         else:
@@ -213,13 +217,11 @@ class _Zygote:
                 init = kernel.clone_init(jail.own)
                 init_end = os.pidfd_open(init)
                 self._into(init_end)
-                if self._network is not None:
-                    listener = self._network.make(init_end)
             pid = os.fork()
         except OSError:
             with contextlib.suppress(OSError):
                 self._into(self._me)
-            self._close(scratch, *ours, *theirs, init_end, listener)
+            self._close(scratch, *ours, *theirs, init_end)
             if init > 0:
                 _end_init(init)
             raise
@@ -230,9 +232,8 @@ class _Zygote:
         self._children[serial] = _Child(pid, init, scratch, folder)
         self._ends[ended] = serial
         self._poll.register(ended, select.POLLIN)
-        ends = (*ours, init_end if jail.isolated else ended, listener)
-        self._send_ends(serial, tuple(each for each in ends if each >= 0))
-        self._close(*ours, *theirs, init_end, listener)
+        self._send_ends(serial, (*ours, init_end if jail.isolated else ended))
+        self._close(*ours, *theirs, init_end)
         return None
 
     def _into(self, process: int) -> None:
@@ -241,11 +242,7 @@ class _Zygote:
             self._enter(process)
 
     def _send_ends(self, serial: int, descriptors: tuple[int, ...]) -> None:
-        rights = struct.pack(f"{len(descriptors)}i", *descriptors)
-        self._control.sendmsg(
-            [b'["forked", %d]' % serial],
-            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
-        )
+        _send(self._control, b'["forked", %d]' % serial, descriptors)
 
     def _close(self, *descriptors: int) -> None:
         for each in descriptors:
@@ -307,10 +304,7 @@ class _Zygote:
         ended = os.pidfd_open(pid)
         self._collectors[ended] = pid
         self._poll.register(ended, select.POLLIN)
-        self._control.sendmsg(
-            [json.dumps(facts).encode()],
-            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", read))],
-        )
+        _send(self._control, json.dumps(facts).encode(), (read,))
         self._close(read, write)
 
     def _forget(self, ended: int, pid: int) -> None:
@@ -331,6 +325,11 @@ class _Zygote:
 
     def _tell(self, message: list[Any]) -> None:
         self._control.send(json.dumps(message).encode())
+
+
+def _send(control: _socket.socket, message: bytes, descriptors: tuple[int, ...]) -> None:
+    rights = struct.pack(f"{len(descriptors)}i", *descriptors)
+    control.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)] if rights else [])
 
 
 def _end_init(pid: int) -> float:

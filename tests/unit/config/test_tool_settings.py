@@ -123,3 +123,8 @@ def test_names_are_unique_and_fit_what_models_take(
 ) -> None:
     (found,) = problems(write(f"tools: {tools}"))
     assert found.startswith(f"FILE: tools.{key}: {problem}")
+
+
+def test_there_are_no_more_workers_at_least_than_at_most(write: Callable[[str], Path]) -> None:
+    (found,) = problems(write("tools: {workers: {min: 5, max: 4}}"))
+    assert found == "FILE: tools.workers.min: found 5; expected at most 4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from agentray.agents.spec import Agents
 from agentray.clock import ManualClock
 from agentray.config.settings import AgentSettings
-from agentray.errors import ToolError
+from agentray.errors import StorageError, StorageUnavailableError, ToolError
 from agentray.events import Message, ToolCall, TurnAccepted
 from agentray.sessions.actor import SessionActor
 from agentray.sessions.base import WaitingCall
@@ -55,9 +56,16 @@ class Pool:
         self.running = 0
         self.most = 0
         self.place: tuple[int, float] | None = None
+        self.gets_a_slot = asyncio.Event()
         self.goes_on = asyncio.Event()
 
-    async def call(self, ask: Ask, *, on_queued: OnQueued | None = None) -> ToolResult:
+    async def call(
+        self,
+        ask: Ask,
+        *,
+        on_queued: OnQueued | None = None,
+        on_granted: Callable[[], None] | None = None,
+    ) -> ToolResult:
         if self.failure is not None:
             raise self.failure
         self.asks.append(ask)
@@ -65,6 +73,9 @@ class Pool:
         self.most = max(self.most, self.running)
         if self.place is not None and on_queued is not None:
             on_queued(*self.place)
+            await self.gets_a_slot.wait()
+            assert on_granted is not None
+            on_granted()
             await self.goes_on.wait()
         await asyncio.sleep(0)
         self.running -= 1
@@ -82,6 +93,7 @@ class Scratch:
         self.kept: dict[int, bytes] = {}
         self.reads = 0
         self.epoch = 1
+        self.failure: StorageError | None = None
 
     async def read_scratch(
         self, tenant: str, session_id: str, *, before_seq: int | None = None
@@ -93,6 +105,8 @@ class Scratch:
     async def write_scratch(
         self, tenant: str, session_id: str, *, epoch: int, seq: int, body: bytes
     ) -> bool:
+        if self.failure is not None:
+            raise self.failure
         if epoch == self.epoch:
             self.kept[seq] = body
         return epoch == self.epoch
@@ -105,12 +119,14 @@ class Waiting:
         self.now: dict[str, bytes] = {}
         self.told: list[WaitingCall] = []
         self.was_told = asyncio.Event()
+        self.was_taken_back = asyncio.Event()
 
     async def put_waiting(
         self, tenant: str, session_id: str, call_id: str, place: bytes | None
     ) -> None:
         if place is None:
-            del self.now[call_id]
+            self.now.pop(call_id, None)
+            self.was_taken_back.set()
         else:
             self.now[call_id] = place
             self.told.append(msgspec.json.decode(place, type=WaitingCall))
@@ -244,8 +260,8 @@ async def test_a_background_turn_waits_behind_those_that_somebody_waits_for(worl
     assert world.pool.asks[0].priority == "background"
 
 
-@pytest.mark.parametrize("ends", ["well", "cancelled"])
-async def test_where_a_call_waits_is_to_be_seen_until_it_ends(ends: str) -> None:
+@pytest.mark.parametrize("ends", ["with a slot", "cancelled"])
+async def test_where_a_call_waits_is_to_be_seen_until_it_has_a_slot(ends: str) -> None:
     world = World()
     world.pool.place = (3, 1.5)
     call = ToolCall("c1", "ask", "{}")
@@ -254,10 +270,27 @@ async def test_where_a_call_waits_is_to_be_seen_until_it_ends(ends: str) -> None
     assert [(p.call_id, p.tool, p.position, p.wait_s) for p in world.waiting.told] == [
         ("c1", "ask", 3, 1.5)
     ]
-    if ends == "well":
-        world.pool.goes_on.set()
-    else:
+    if ends == "cancelled":
         running.cancel()
-    await asyncio.wait({running})
-    assert running.cancelled() == (ends == "cancelled")
+    world.pool.gets_a_slot.set()
+    await asyncio.wait_for(world.waiting.was_taken_back.wait(), 5)
     assert not world.waiting.now
+    assert running.done() == (ends == "cancelled")
+    world.pool.goes_on.set()
+    await asyncio.wait({running})
+
+
+async def test_a_result_stands_even_if_its_files_cannot_be_kept() -> None:
+    world = World()
+    world.scratch.failure = StorageError("too large")
+    result = await world.run("python")
+    assert result.status == "ok"
+    assert result.output == "done\n[its files could not be kept]"
+
+
+async def test_files_are_kept_when_the_store_is_back() -> None:
+    world = World()
+    world.scratch.failure = StorageUnavailableError("away")
+    asyncio.get_running_loop().call_soon(lambda: setattr(world.scratch, "failure", None))
+    assert (await world.run("python")).output == "done"
+    assert world.scratch.kept

@@ -14,6 +14,7 @@ from agentray.errors import ConfigError
 from agentray.tools.functions import FunctionTool, load_functions, size_of
 from agentray.tools.sandbox.base import FunctionCall
 from agentray.tools.sandbox.program import _find as found_by_the_sandbox
+from agentray.tools.spec import ToolContext
 from agentray.tools.spec_runner import arguments_problem
 
 MODULE = "operator_functions"
@@ -164,3 +165,11 @@ def test_what_is_no_size_is_refused(size: Any) -> None:
 def test_the_arguments_in_a_program_are_json() -> None:
     program = specs()["unjsonable"].program({"value": 1})
     assert msgspec.json.decode(program.arguments) == {"value": 1}
+
+
+def test_results_that_depend_on_the_session_are_not_shared() -> None:
+    def of_the_user(context: ToolContext) -> str:
+        return context.session_id
+
+    with pytest.raises(ValueError, match="cannot be shared"):
+        agentray.tool(cache_s=60)(of_the_user)
