@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 
 from agentray.config.worker_settings import ToolWorkersSettings
-from agentray.tools.fair_queue import Call, Place
+from agentray.tools.fair_queue import Call, Standing
 
 __all__ = ["FirstCome", "RoundRobin", "first_come", "round_robin"]
 
@@ -56,11 +56,14 @@ class FirstCome:
     def ended(self, call: Call) -> None:
         pass
 
-    def last_place(self, call: Call, slots: int) -> Place:
-        return Place(len(self._calls), len(self._calls) * call.wall_s / max(1, slots))
+    def last_place(self, call: Call, slots: int) -> Standing:
+        return Standing(len(self._calls), len(self._calls) * call.wall_s / max(1, slots))
 
-    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Place]]:
+    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Standing]]:
         return iter(())
+
+    def runnable_s(self) -> float:
+        return sum(call.wall_s for call in self._calls.values())
 
 
 class RoundRobin(FirstCome):

@@ -8,11 +8,13 @@ that, so that their configuration has to say `read_only: false`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import datetime
 import decimal
 import sqlite3
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sqlalchemy import URL, Connection, create_engine, make_url
@@ -92,6 +94,8 @@ class AlchemyDatabase:
         self.placeholder = _PLACEHOLDERS.get(self._engine.dialect.paramstyle, ":1")
         self._keywords = READING if settings.read_only else WRITING
         self._places = asyncio.Semaphore(settings.pool_size)
+        # Of its own: statements that hang are to take the place of nothing else in the process.
+        self._threads = ThreadPoolExecutor(settings.pool_size, f"sql-{name}")
 
     async def query(self, statement: str, params: Sequence[Any]) -> Table:
         statement = admitted(statement, self._keywords)
@@ -101,7 +105,8 @@ class AlchemyDatabase:
         except TimeoutError as error:
             raise self._unreachable("busy") from error
         call = _Call(self, statement, params)
-        thread = asyncio.ensure_future(asyncio.to_thread(call.run))
+        run = contextvars.copy_context().run
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, run, call.run)
         thread.add_done_callback(self._ended)
         try:
             async with asyncio.timeout(self._settings.statement_timeout_s):
@@ -117,6 +122,7 @@ class AlchemyDatabase:
 
     async def close(self) -> None:
         self._engine.dispose()
+        self._threads.shutdown(wait=False)
 
     def run(self, call: _Call) -> Table:
         """Run a call, in a thread."""
@@ -148,17 +154,14 @@ class AlchemyDatabase:
         result = streamed.exec_driver_sql(call.statement, tuple(call.params) or None)
         if not result.returns_rows:
             return Table([], [], affected=max(0, result.rowcount))
-        rows = Rows(self._settings.max_rows, self._settings.max_bytes)
-        first: Sequence[Any] | None = None
+        row = result.fetchone()
+        names = result.keys()
+        values = [None] * len(names) if row is None else row
+        columns = [Column(name, _type_of(value)) for name, value in zip(names, values, strict=True)]
+        rows = Rows(columns, self._settings.max_rows, self._settings.max_bytes)
         # One at a time: a batch of the largest values would fill a worker's memory.
-        while (row := result.fetchone()) is not None:
-            first = first or tuple(row)
-            if not rows.add(tuple(row)):
-                break
-        values = first or [None] * len(result.keys())
-        columns = [
-            Column(name, _type_of(value)) for name, value in zip(result.keys(), values, strict=True)
-        ]
+        while row is not None and rows.add(tuple(row)):
+            row = result.fetchone()
         return Table(columns, rows.encoded, rows.truncated)
 
     def _ended(self, thread: asyncio.Future[Table]) -> None:

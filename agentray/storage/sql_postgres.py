@@ -198,7 +198,7 @@ class PostgresDatabase:
             await cursor.execute(statement.encode(), params)
             if not cursor.description:
                 raise refused("the statement has no columns")
-            rows = Rows(self._settings.max_rows, self._settings.max_bytes)
+            rows = self._rows(cursor)
             while True:
                 batch = rows.next_batch(_BATCH_ROWS)
                 fetched = await cursor.fetchmany(batch)
@@ -208,7 +208,6 @@ class PostgresDatabase:
 
     async def _write(self, connection: _Connection, statement: str, params: Sequence[Any]) -> Table:
         await self._begin(connection, "READ WRITE")
-        rows = Rows(self._settings.max_rows, self._settings.max_bytes)
         cursor = AsyncRawCursor(connection, row_factory=tuple_row)
         async with cursor:
             # A pipeline speaks the extended protocol, whose statements are single ones.
@@ -216,10 +215,14 @@ class PostgresDatabase:
                 await cursor.execute(statement.encode(), params)
             if not cursor.description:
                 return Table([], [], affected=max(0, cursor.rowcount))
+            rows = self._rows(cursor)
             for row in await cursor.fetchall():
                 if not rows.add(row):
                     break
             return Table(_columns(cursor), rows.encoded, rows.truncated, cursor.rowcount)
+
+    def _rows(self, cursor: psycopg.AsyncCursor[Any]) -> Rows:
+        return Rows(_columns(cursor), self._settings.max_rows, self._settings.max_bytes)
 
     @asynccontextmanager
     async def _translated(self) -> AsyncGenerator[None]:

@@ -6,11 +6,17 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 __all__ = ["address_problem"]
 
-# Reachable from inside of a cloud only, and asked for credentials: no setting opens these.
-_METADATA = frozenset(
+# Reachable from inside of a cloud only, and asked for credentials: no setting opens these. In
+# turn of AWS and most others, Azure, Alibaba, Oracle; AWS, Google, Oracle, Scaleway, Alibaba,
+# Akamai.
+_METADATA = tuple(
     map(
-        ip_address,
-        ("169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254"),
+        ip_network,
+        (
+            *("169.254.0.0/16", "168.63.129.16/32", "100.100.100.200/32", "192.0.0.192/32"),
+            *("fd00:ec2::/32", "fd20:ce::/32", "fd00:c1::/32", "fd00:42::/32"),
+            *("fd00:100::/32", "fd00:a9fe:a9fe::/48"),
+        ),
     )
 )
 # Global as some of Python's tables have it: they carry another address, or are for documents.
@@ -46,7 +52,7 @@ def address_problem(address: str, *, private: bool = False) -> str | None:
             return "is of one interface"
         if found.ipv4_mapped is not None:
             found = found.ipv4_mapped
-    if found in _METADATA:
+    if any(found in network for network in _METADATA):
         return "is a cloud's metadata address"
     if found.is_multicast:
         return "is a multicast address"

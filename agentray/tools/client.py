@@ -11,6 +11,8 @@ from agentray.clock import Clock
 from agentray.errors import NotReadyError, ToolError
 from agentray.telemetry.logging import get_logger
 from agentray.telemetry.metrics import Metrics
+from agentray.tools.asked_call import AskedCall, OnQueued
+from agentray.tools.doors import Doors
 from agentray.tools.location import Locate
 from agentray.tools.messages import (
     Ack,
@@ -30,6 +32,7 @@ from agentray.tools.messages import (
     Unknown,
     Want,
 )
+from agentray.tools.patience import Patience
 from agentray.tools.runner import Ask
 from agentray.tools.spec import ToolResult
 from agentray.tools.wire import MAX_FRAME, Link, connect
@@ -38,14 +41,13 @@ __all__ = ["OnQueued", "ToolClient", "ToolPoolUnreachableError"]
 
 log = get_logger(__name__)
 
-OnQueued = Callable[[int, float], None]
-"""Is told where the call stands, 1 for the next to begin, and the wait expected in seconds."""
-
 _CONNECT_S = 5.0
-_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
 # A worker ends its call in time by itself; this is for one that hangs.
 _OVERTIME_S = 30.0
+# And the scheduler drops a call at its deadline by itself.
+_MARGIN_S = 5.0
+# It says how the pool is every second: one that does not hangs.
+_SILENT_S = 10.0
 # A call that has lost so many workers may be what kills them.
 _MAX_LOST = 5
 
@@ -58,34 +60,10 @@ _WHY = {
 
 
 class ToolPoolUnreachableError(ToolError):
-    """Scheduler or workers could not be reached in time; the outcome of a call is unknown."""
+    """Scheduler or workers could not be reached in time; the call has not begun."""
 
     code = "tool_pool_unreachable"
     retryable = True
-
-
-class _Call:
-    """A call that waits: for a slot, or for its result."""
-
-    __slots__ = ("answer", "ask", "began", "on_queued", "waited_s", "was_at")
-
-    def __init__(self, ask: Ask, on_queued: OnQueued | None) -> None:
-        self.ask = ask
-        self.on_queued = on_queued
-        self.answer: asyncio.Future[Any] | None = None
-        self.was_at = ""
-        self.began = False
-        self.waited_s = 0.0
-
-
-class _Door:
-    """A worker, and the connection to it while there is one."""
-
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
-        self.link: Link | None = None
-        self.lock = asyncio.Lock()
-        self.calls: set[_Call] = set()
 
 
 class ToolClient:
@@ -111,46 +89,40 @@ class ToolClient:
         self._patience_s = patience_s
         self._scheduler: Link | None = None
         self._finding = asyncio.Lock()
-        self._calls: dict[str, _Call] = {}
-        self._wanting: set[_Call] = set()
-        self._doors: dict[str, _Door] = {}
-        self._by_link: dict[Link, _Door] = {}
+        self._calls: dict[str, AskedCall] = {}
+        self._wanting: set[AskedCall] = set()
+        self._doors = Doors(self, owner_id)
         self._numbers = itertools.count(1)
         self._fences: dict[int, asyncio.Future[bool]] = {}
 
-    async def call(self, ask: Ask, *, on_queued: OnQueued | None = None) -> ToolResult:
+    async def call(
+        self,
+        ask: Ask,
+        *,
+        on_queued: OnQueued | None = None,
+        on_granted: Callable[[], None] | None = None,
+    ) -> ToolResult:
         """Return a call's result, whatever the tool does: its failures are results.
 
         A worker that dies, a scheduler that restarts and connections that break are got over:
-        the call is asked for again under its key. Cancelling kills the call.
+        the call is asked for again under its key. Cancelling kills the call. ``on_granted`` is
+        called when the call waits no longer, for a worker to run it or to bring its result: again
+        if that worker is lost and it waits again.
 
         Raises:
-            ToolPoolUnreachableError: if the pool cannot be reached until the deadline.
+            ToolPoolUnreachableError: if the pool cannot be reached until the deadline, and the
+                call has not begun. One that has, has the result ``died``.
         """
-        if len(ask.scratch) + len(ask.arguments) > MAX_FRAME // 2:
-            return ToolResult("error", "arguments and files of the call are too large", "refused")
-        key, call = ask.key, _Call(ask, on_queued)
-        if (before := self._calls.get(key)) is not None:
-            _answer(before, Refused(key, "refused"))
-        self._calls[key] = call
-        asked_at = self._clock.monotonic()
+        call = AskedCall(ask, self._clock.monotonic(), on_queued, on_granted)
         try:
-            result, ran_s = await self._settled(call, asked_at)
-        except asyncio.CancelledError:
-            self._abandon(call)
+            result, ran_s = await self._only(call)
+        except ToolPoolUnreachableError:
+            self._count(call, ToolResult("error", "", "unreachable"), 0.0)
             raise
-        finally:
-            self._wanting.discard(call)
-            if self._calls.get(key) is call:
-                del self._calls[key]
-        if self._metrics is not None:
-            self._metrics.tool_called(
-                *(ask.tenant, ask.tool, result.reason or "ok", result.start),
-                waited_s=call.waited_s,
-                ran_s=ran_s,
-                cpu_s=result.cpu_s,
-                memory_bytes=result.memory_bytes,
-            )
+        except asyncio.CancelledError:
+            self._count(call, ToolResult("error", "", "cancelled"), 0.0)
+            raise
+        self._count(call, result, ran_s)
         return result
 
     async def fence(
@@ -180,23 +152,47 @@ class ToolClient:
 
     async def close(self) -> None:
         """Close the connections; calls that wait are cancelled by whoever made them."""
-        links = [door.link for door in self._doors.values()]
-        for link in filter(None, [self._scheduler, *links]):
+        for link in filter(None, [self._scheduler, *self._doors.links()]):
             link.close()
 
     # A call's way
 
-    async def _settled(self, call: _Call, asked_at: float) -> tuple[ToolResult, float]:
-        """Ask until the call is settled; return its result and how long it ran."""
-        pause_s, trying_since, lost = _PAUSE_S, asked_at, 0
+    async def _only(self, call: AskedCall) -> tuple[ToolResult, float]:
+        """Settle a call, as the only one with its key; return its result and how long it ran."""
+        ask = call.ask
+        if len(ask.scratch) + len(ask.arguments) > MAX_FRAME // 2:
+            why = "arguments and files of the call are too large"
+            return ToolResult("error", why, "refused"), 0.0
+        key = ask.key
+        if (before := self._calls.get(key)) is not None:
+            before.answer(Refused(key, "refused"))
+        self._calls[key] = call
+        try:
+            return await self._settled(call)
+        except ToolPoolUnreachableError:
+            if not call.was_at:
+                raise
+            return ToolResult("error", _WHY["died"], "died"), 0.0
+        except asyncio.CancelledError:
+            self._abandon(call)
+            raise
+        finally:
+            self._wanting.discard(call)
+            if self._calls.get(key) is call:
+                del self._calls[key]
+
+    async def _settled(self, call: AskedCall) -> tuple[ToolResult, float]:
+        """Ask until the call is settled."""
+        left_s = call.ask.deadline and call.ask.deadline - self._clock.now()
+        call.ends_at = left_s and call.asked_at + left_s
+        patience, lost = Patience(self._clock, self._patience_s), 0
         while True:
-            answer = await self._slot(call, trying_since)
+            answer = await self._slot(call, patience)
             if isinstance(answer, Refused):
-                call.waited_s = self._clock.monotonic() - asked_at
                 why = _WHY[answer.reason].format(answer.retry_after_s)
                 return ToolResult("error", why, answer.reason), 0.0
             if isinstance(answer, Granted):
-                call.waited_s = self._clock.monotonic() - asked_at
+                call.granted(self._clock.monotonic())
                 answer = await self._run(call, answer)
                 if isinstance(answer, Done):
                     return answer.result, answer.wall_s
@@ -204,26 +200,26 @@ class ToolClient:
                     return ToolResult("error", _WHY[answer.reason], answer.reason), 0.0
                 if answer is None and call.began:
                     # The worker was reached: that it is lost now is a new trouble.
-                    trying_since, pause_s, call.began = self._clock.monotonic(), _PAUSE_S, False
+                    patience.restart()
                     lost += 1
                     if lost >= _MAX_LOST:
                         return ToolResult("error", _WHY["died"], "died"), 0.0
-            if self._clock.monotonic() - trying_since >= self._patience_s:
+                    if call.ends_at:
+                        # The deadline was for its first slot. It has had that.
+                        wait_s = max(left_s, self._patience_s)
+                        call.ends_at = self._clock.monotonic() + wait_s
+            if patience.is_over:
                 raise _unreachable(call.ask)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            await patience.pause()
 
-    async def _slot(self, call: _Call, trying_since: float) -> Granted | Refused | None:
+    async def _slot(self, call: AskedCall, patience: Patience) -> Granted | Refused | None:
         """Return the slot, or why there is none; None if the scheduler was lost."""
-        ask, left_s = call.ask, 0.0
-        gives_up_at = trying_since + self._patience_s
-        if ask.deadline:
-            left_s = ask.deadline - self._clock.now()
-            if left_s <= 0:
-                return Refused(ask.key, "died" if call.was_at else "expired")
-            gives_up_at = self._clock.monotonic() + left_s
+        ask, asked_at, left_s = call.ask, self._clock.monotonic(), 0.0
+        too_late = Refused(ask.key, "died" if call.was_at else "expired")
+        if call.ends_at and (left_s := call.ends_at - asked_at) <= 0:
+            return too_late
         try:
-            link = self._scheduler or await self._connected(gives_up_at)
+            link = self._scheduler or await self._connected(call.ends_at or patience.ends_at)
         except ToolPoolUnreachableError as error:
             raise _unreachable(ask) from error
         self._wanting.add(call)
@@ -233,17 +229,28 @@ class ToolClient:
                 *(ask.cpu, ask.memory_bytes, ask.timeout_s, left_s, ask.on_crash, call.was_at),
             )
         )
-        answer = await _answered(call)
+        asked_at = self._clock.monotonic()
+        try:
+            async with asyncio.timeout(left_s + _MARGIN_S if left_s else None):
+                answer = await call.answered()
+        except TimeoutError:
+            link.send(Left(ask.key, ask.epoch))
+            answer = too_late
+        # One that is cancelled stays, for its host to know whom to tell.
         self._wanting.discard(call)
+        if answer is not None:
+            patience.answered(self._clock.monotonic() - asked_at)
+        elif link.has_spoken:
+            patience.restart()
         return answer
 
-    async def _run(self, call: _Call, granted: Granted) -> Done | Unknown | Refused | None:
+    async def _run(self, call: AskedCall, granted: Granted) -> Done | Unknown | Refused | None:
         """Return the worker's answer; None if it was lost."""
         call.began = False
         door = self._doors.get(granted.worker)
         if door is None:
             return None
-        link = door.link or await self._enter(door)
+        link = door.link or await self._doors.enter(door)
         if link is None:
             return None
         door.calls.add(call)
@@ -251,7 +258,7 @@ class ToolClient:
         link.send(Run(granted.lease, call.ask))
         try:
             async with asyncio.timeout(call.ask.timeout_s + _OVERTIME_S):
-                answer = await _answered(call)
+                answer = await call.answered()
         except TimeoutError:
             link.send(Kill(call.ask.key, call.ask.epoch))
             answer = Refused(call.ask.key, "died")
@@ -264,7 +271,27 @@ class ToolClient:
             call.was_at = before
         return answer
 
-    def _abandon(self, call: _Call) -> None:
+    def _count(self, call: AskedCall, result: ToolResult, ran_s: float) -> None:
+        if self._metrics is None:
+            return
+        waited_s = call.waited_s
+        if waited_s is None:
+            waited_s = self._clock.monotonic() - call.asked_at
+        self._metrics.tool_called(
+            *(call.ask.tenant, call.ask.tool, result.reason or "ok", result.start),
+            waited_s=waited_s,
+            ran_s=ran_s,
+            cpu_s=result.cpu_s,
+            memory_bytes=result.memory_bytes,
+        )
+
+    def _show(self, state: State) -> None:
+        if self._metrics is not None:
+            self._metrics.tool_queue.set(state.queued)
+            self._metrics.tool_workers.set(state.workers)
+            self._metrics.tool_slots_busy.set(state.running)
+
+    def _abandon(self, call: AskedCall) -> None:
         ask = call.ask
         door = None if call in self._wanting else self._doors.get(call.was_at)
         if door is not None and door.link is not None:
@@ -276,44 +303,30 @@ class ToolClient:
 
     async def _connected(self, gives_up_at: float) -> Link:
         """Return the connection to the scheduler; make one if there is none."""
-        pause_s = _PAUSE_S
+        patience = Patience(self._clock, 0.0)
         try:
             async with asyncio.timeout(gives_up_at - self._clock.monotonic()), self._finding:
                 while self._scheduler is None:
                     try:
                         where = await self._locate()
-                        self._scheduler = await connect(
+                        link = await connect(
                             *(self, where.host, where.port),
                             token=where.token,
                             name=self._owner_id,
                             timeout_s=_CONNECT_S,
                         )
+                        link.expect(_SILENT_S, lambda link=link: self._hangs(link))
+                        self._scheduler = link
                     except (OSError, NotReadyError) as error:
                         log.warning("tool_scheduler_unreachable", error=str(error))
-                        await asyncio.sleep(pause_s)
-                        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                        await patience.pause()
                 return self._scheduler
         except TimeoutError as error:
             raise ToolPoolUnreachableError("the tool scheduler could not be reached") from error
 
-    async def _enter(self, door: _Door) -> Link | None:
-        """Return the connection to a worker, or None if it cannot be reached."""
-        async with door.lock:
-            if door.link is None:
-                peer = door.peer
-                try:
-                    link = await connect(
-                        *(self, peer.host, peer.port),
-                        token=peer.token,
-                        name=self._owner_id,
-                        timeout_s=_CONNECT_S,
-                    )
-                except OSError as error:
-                    log.warning("tool_worker_unreachable", worker=peer.worker, error=str(error))
-                    return None
-                door.link = link
-                self._by_link[link] = door
-            return door.link
+    def _hangs(self, scheduler: Link) -> None:
+        log.warning("tool_scheduler_silent")
+        scheduler.abort()
 
     def opened(self, link: Link, hello: Hello) -> None:
         """Never: only listeners are said hello to."""
@@ -325,56 +338,38 @@ class ToolClient:
                 # What a call was granted that was cancelled since is not for the one that follows.
                 asks = isinstance(message, Granted | Refused)
                 if call is not None and (call in self._wanting) == asks:
-                    _answer(call, message)
+                    call.answer(message)
             case Queued():
                 call = self._calls.get(message.key)
-                if call is not None and call.on_queued is not None:
-                    call.on_queued(message.position, message.wait_s)
+                if call is not None and call in self._wanting:
+                    call.queued(message, self._clock.monotonic())
             case Peer():
-                self._doors.setdefault(message.worker, _Door(message))
+                self._doors.add(message)
             case Gone():
-                door = self._doors.pop(message.worker, None)
-                if door is not None and door.link is not None:
-                    door.link.abort()
+                self._doors.gone(message.worker)
             case Fenced():
                 if (ended := self._fences.get(message.number)) is not None and not ended.done():
                     ended.set_result(True)
             case State():
-                if self._metrics is not None:
-                    self._metrics.tool_queue.set(message.queued)
-                    self._metrics.tool_workers.set(message.workers)
-                    self._metrics.tool_slots_busy.set(message.running)
+                self._show(message)
+                now = self._clock.monotonic()
+                for call in self._wanting:
+                    call.waits_still(now)
             case _:
                 log.warning("tool_message_unexpected", kind=type(message).__name__)
 
     def closed(self, link: Link) -> None:
         if link is self._scheduler:
             self._scheduler = None
+            self._show(State(0, 0, 0, 0))
             lost = list(self._wanting)
             for ended in self._fences.values():
                 if not ended.done():
                     ended.set_result(False)
         else:
-            door = self._by_link.pop(link, None)
-            if door is None:
-                return
-            door.link = None
-            lost = list(door.calls)
+            lost = self._doors.closed(link)
         for call in lost:
-            _answer(call, None)
-
-
-def _answer(call: _Call, answer: Any) -> None:
-    if call.answer is not None and not call.answer.done():
-        call.answer.set_result(answer)
-
-
-async def _answered(call: _Call) -> Any:
-    call.answer = asyncio.get_running_loop().create_future()
-    try:
-        return await call.answer
-    finally:
-        call.answer = None
+            call.answer(None)
 
 
 def _unreachable(ask: Ask) -> ToolPoolUnreachableError:

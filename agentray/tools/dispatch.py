@@ -93,8 +93,9 @@ class Dispatch:
             log.warning("tool_message_unexpected", kind=type(message).__name__)
 
     def closed(self, link: Link) -> None:
-        name = self._names.pop(link)
-        if self._links.get(name) is not link:
+        name = self._names.pop(link, None)
+        if name is None or self._links.get(name) is not link:
+            # A probe, or one that another connection of the same worker took the place of.
             return
         del self._links[name]
         now = self._clock.monotonic()

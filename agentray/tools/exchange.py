@@ -56,6 +56,7 @@ _CHARSET = re.compile(
     r"utf-?8|utf-?16([bl]e)?|(us-)?ascii|iso-8859-\d+|windows-\d+|gbk|big5|koi8-."
 )
 _CHUNK_BYTES = 16 * 1024
+_MOST_SHOWN = 80
 
 
 class HttpRequest(msgspec.Struct, frozen=True):
@@ -69,6 +70,12 @@ class HttpRequest(msgspec.Struct, frozen=True):
     @property
     def idempotent(self) -> bool:
         return self.method in _IDEMPOTENT
+
+    @property
+    def size_bytes(self) -> int:
+        """What the tool has put into it: address, headers and body."""
+        headers = sum(len(name) + len(value.encode()) for name, value in self.headers)
+        return len(self.method) + len(self.url) + headers + len(self.body or b"")
 
 
 class HttpReply(msgspec.Struct, frozen=True):
@@ -155,9 +162,11 @@ def may_repeat(method: str, status: int, asked_after_s: float | None) -> bool:
 
 
 def redirected(
-    request: HttpRequest, origin: Origin, url: URL, status: int, location: str
+    request: HttpRequest, origin: Origin, url: URL, status: int, location: str, secrets: Secrets
 ) -> HttpRequest:
     """Return the request that a redirect asks for, as browsers make it (Fetch, HTTP-redirect).
+
+    Headers that may be meant for its origin only, and those with a secret, go to no other.
 
     Raises:
         ToolError: the address is refused.
@@ -169,7 +178,11 @@ def redirected(
         method, body = "GET", None
         headers = tuple(pair for pair in headers if pair[0].lower() not in _BODY_HEADERS)
     if there != origin:
-        headers = tuple(pair for pair in headers if pair[0].lower() in _CROSSING)
+        headers = tuple(
+            (name, value)
+            for name, value in headers
+            if name.lower() in _CROSSING and not secrets.within(value)
+        )
     return HttpRequest(method, target, headers, body)
 
 
@@ -219,8 +232,9 @@ async def read_reply(
     text = _text(bytes(body[: transfer.most_shown]), content_type, response.charset)
     return HttpReply(
         status=response.status,
-        reason=secrets.redact((response.reason or "")[:80]),
-        content_type=secrets.redact(content_type[:80]),
+        # What is cut first may end in a secret's beginning.
+        reason=secrets.redact(response.reason or "")[:_MOST_SHOWN],
+        content_type=secrets.redact(content_type)[:_MOST_SHOWN],
         text=secrets.redact(text, cut=truncated),
         truncated=truncated,
         retry_after_s=retry_after_s(response.headers.get("Retry-After"), now),

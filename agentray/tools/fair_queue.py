@@ -21,12 +21,14 @@ import msgspec
 from agentray.tools.runner import Priority
 from agentray.tools.tag_order import Entrant, TagOrder
 
-__all__ = ["CLASS_WEIGHTS", "Call", "FairQueue", "Place", "Queue", "Share"]
+__all__ = ["CLASS_WEIGHTS", "Call", "FairQueue", "Standing", "Queue", "Share"]
 
 CLASS_WEIGHTS: dict[Priority, float] = {"interactive": 16.0, "background": 4.0, "batch": 1.0}
 """What each class gets beside the others while all of them wait; most urgent first."""
 
 _MAX_IDLE_FLOWS = 10_000
+# Half a microsecond each, of the process that grants the slots.
+_MAX_LOOKS = 40_000
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -47,7 +49,7 @@ class Call(msgspec.Struct, frozen=True):
     wall_s: float
 
 
-class Place(msgspec.Struct, frozen=True):
+class Standing(msgspec.Struct, frozen=True):
     """Where a call stands: 1 for the next to begin, and the wait expected."""
 
     position: int
@@ -75,9 +77,11 @@ class Queue(Protocol):
 
     def ended(self, call: Call) -> None: ...
 
-    def last_place(self, call: Call, slots: int) -> Place: ...
+    def last_place(self, call: Call, slots: int) -> Standing: ...
 
-    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Place]]: ...
+    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Standing]]: ...
+
+    def runnable_s(self) -> float: ...
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -159,6 +163,8 @@ class FairQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._resting: OrderedDict[str, None] = OrderedDict()
         self._where: dict[str, _Flow] = {}
+        # How often places were told.
+        self._turn = 0
         self._order: TagOrder[_Level] = TagOrder()
 
     def __len__(self) -> int:
@@ -169,10 +175,12 @@ class FairQueue:
         flow = self._flow(call)
         refused: Call | None = None
         if flow.tenant.queued >= flow.tenant.share.max_queued:
+            self._rests(call.tenant)
             return call
         if len(self._where) >= self._max_queued:
             longest = self._longest(flow)
             if longest is flow:
+                self._rests(call.tenant)
                 return call
             refused = self._take(longest, next(reversed(longest.calls)))
         flow.calls[call.key] = call
@@ -183,6 +191,8 @@ class FairQueue:
         flow.tenant.queued += 1
         self._where[call.key] = flow
         self._enter(flow)
+        if refused is not None:
+            self._rests(refused.tenant)
         return refused
 
     def remove(self, key: str) -> Call | None:
@@ -232,23 +242,50 @@ class FairQueue:
                 self._enter(flow)
         self._rests(call.tenant)
 
-    def last_place(self, call: Call, slots: int) -> Place:
+    def last_place(self, call: Call, slots: int) -> Standing:
         """Return the place behind all that the call's tenant has waiting in its class."""
         flow = self._flow(call)
         before = flow.load + Load(-1, -call.cost) if flow.calls else Load(0, 0.0, call.wall_s)
-        return self._place(flow, before, slots)
+        place = self._place(flow, before, slots)
+        # Also of one that does not wait here.
+        self._rests(call.tenant)
+        return place
 
-    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Place]]:
-        """Yield where calls stand, at most so many: those at the head of each flow."""
+    def places(self, slots: int, limit: int) -> Iterator[tuple[str, Standing]]:
+        """Yield where calls stand, at most so many; others the next time, each in its turn."""
         flows = [flow for level in self._levels.values() for flow in level.waiting]
-        each = max(1, limit // max(1, len(flows)))
-        for flow in flows[:limit]:
+        if not flows:
+            return
+        # Each place takes a look at all flows.
+        limit = max(1, min(limit, _MAX_LOOKS // len(flows)))
+        each = max(1, limit // len(flows))
+        rounds, first = divmod(self._turn * min(limit, len(flows)), len(flows))
+        self._turn += 1
+        for flow in (flows[first:] + flows[:first])[:limit]:
+            # What was told of in the turns before is in front of it.
+            told = rounds * each % len(flow.calls) if len(flow.calls) > each else 0
             before = Load()
-            for call in itertools.islice(flow.calls.values(), each):
-                yield call.key, self._place(flow, before + Load(0, 0.0, call.wall_s), slots)
+            for number, call in enumerate(itertools.islice(flow.calls.values(), told + each)):
+                if number >= told:
+                    yield call.key, self._place(flow, before + Load(0, 0.0, call.wall_s), slots)
                 before += Load(1, call.cost, call.wall_s)
 
-    def _place(self, flow: _Flow, ahead: Load, slots: int) -> Place:
+    def runnable_s(self) -> float:
+        """Return the seconds that all calls need together which only wait for a slot."""
+        seconds, capped = 0.0, dict[_Tenant, int]()
+        for level in self._levels.values():
+            for flow in level.waiting:
+                most = flow.tenant.share.max_running
+                if most is None:
+                    seconds += flow.load.wall_s
+                    continue
+                may_begin = capped.setdefault(flow.tenant, max(0, most - flow.tenant.running))
+                begin = list(itertools.islice(flow.calls.values(), may_begin))
+                capped[flow.tenant] -= len(begin)
+                seconds += sum(call.wall_s for call in begin)
+        return max(0.0, seconds)
+
+    def _place(self, flow: _Flow, ahead: Load, slots: int) -> Standing:
         """Return the place of a call behind those of its flow; ``ahead`` has its own length too,
         which stands for what those that run still need."""
         # What begins before the virtual time at which it does: of its class, then of the others.
@@ -263,7 +300,7 @@ class FairQueue:
             if each is not level and each.entry:
                 ahead += each.load.due((begins - self._order.tag(each)) * each.weight)
         # What was added and taken away again leaves a rounding error, below nothing too.
-        return Place(1 + max(0, int(ahead.calls)), max(0.0, ahead.wall_s) / max(1, slots))
+        return Standing(1 + max(0, int(ahead.calls)), max(0.0, ahead.wall_s) / max(1, slots))
 
     def _flow(self, call: Call) -> _Flow:
         level = self._levels[call.priority]

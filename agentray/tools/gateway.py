@@ -89,7 +89,8 @@ class Gateway:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._settings = settings
-        self._rules = (*hosts, *map(host_rule, settings.allow))
+        self._named = tuple(map(host_rule, settings.allow))
+        self._rules = (*hosts, *self._named)
         self._private = tuple(map(host_rule, settings.allow_private))
         self._secrets = secrets
         self._new_breaker = breaker
@@ -191,9 +192,6 @@ class Gateway:
         )
 
     async def _attempts(self, request: HttpRequest, transfer: Transfer) -> HttpReply:
-        if len(request.body or b"") > self._settings.max_request_bytes:
-            most = self._settings.max_request_bytes
-            raise ToolError(f"The request's body has more than {most} bytes.", reason="refused")
         if (problem := header_problem(request.headers)) is not None:
             raise ToolError(problem, reason="refused")
         attempt = 0
@@ -223,14 +221,19 @@ class Gateway:
         return most * (0.5 + self._jitter() / 2)
 
     async def _follow(self, request: HttpRequest, transfer: Transfer) -> HttpReply:
+        own, _ = parse_url(request.url)
         for _ in range(self._settings.max_redirects + 1):
+            if request.size_bytes > (most := self._settings.max_request_bytes):
+                raise ToolError(f"The request has more than {most} bytes.", reason="refused")
             origin, url = parse_url(request.url)
             self._check(origin, self._rules)
+            if origin != own:
+                self._check_crossing(origin)
             await self._wait_for_turn(origin, transfer)
             reply, location = await self._once(request, origin, url, transfer)
             if location is None:
                 return reply
-            request = redirected(request, origin, url, reply.status, location)
+            request = redirected(request, origin, url, reply.status, location, self._secrets)
         most = self._settings.max_redirects
         raise ToolError(f"The host redirects more than {most} times.", reason="upstream")
 
@@ -243,6 +246,13 @@ class Gateway:
             private = self._may_be_private(origin.host, origin.port)
             if (problem := address_problem(origin.host, private=private)) is not None:
                 raise ToolError(f"{origin} {problem}.", reason="refused")
+
+    def _check_crossing(self, origin: Origin) -> None:
+        # A public API, or what speaks for it, is not to choose what a private service is asked:
+        # that another tool may call it was not said of this one.
+        if self._may_be_private(origin.host, origin.port) and not allowed(origin, self._named):
+            problem = f"{origin} may be private: tools.gateway.allow does not let redirects there."
+            raise ToolError(problem, reason="refused")
 
     def _may_be_private(self, host: str, port: int) -> bool:
         return any(rule.fits(Origin(rule.origin.scheme, host, port)) for rule in self._private)
@@ -281,7 +291,7 @@ class Gateway:
         probe = breaker.begun()
         answered = False
         try:
-            await transfer.count(len(request.body or b"") + len(request.url))
+            await transfer.count(request.size_bytes)
             async with self._opened().request(
                 request.method,
                 url,

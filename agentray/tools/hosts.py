@@ -123,11 +123,15 @@ def redirect_target(base: URL, location: str) -> str:
     """Return the absolute address that a ``Location`` leads to, not yet checked.
 
     Raises:
-        ToolError: it has characters that the next parser may drop.
+        ToolError: it cannot be read, or has characters that the next parser may drop.
     """
     if _UNSAFE.search(location):
         raise _refused("that the host redirects to has characters that have to be encoded")
-    return urljoin(str(base), location)
+    try:
+        return urljoin(str(base), location)
+    except ValueError:
+        # Its message shows what the host sent.
+        raise _refused("that the host redirects to is not valid") from None
 
 
 def _host(text: str) -> str:

@@ -15,11 +15,10 @@ from msgspec.structs import replace
 
 from agentray.tools.call_book import CallBook, Entry
 from agentray.tools.cost import Estimates, SlotShare
+from agentray.tools.endings import Endings
 from agentray.tools.fair_queue import Call, Queue
-from agentray.tools.fences import Fences, Session
 from agentray.tools.messages import (
     Fence,
-    Fenced,
     Finished,
     Gone,
     Held,
@@ -41,7 +40,6 @@ __all__ = ["Leases"]
 
 # A lease that its worker has not heard of by then is taken back.
 _START_S = 2.0
-_LEAST_RETRY_S = 1.0
 _MAX_PLACES = 200
 
 
@@ -58,8 +56,8 @@ class Leases:
         self._numbers = itertools.count(first_lease)
         self._calls = CallBook()
         self._leases = self._calls.leases
-        self._fences = Fences()
         self._out = Outbox()
+        self._endings = Endings(queue, self._calls, roster, self._out)
 
     # What hosts say
 
@@ -79,23 +77,21 @@ class Leases:
         if entry is not None and entry.want.epoch <= left.epoch:
             if entry.next is not None and entry.next[1].epoch <= left.epoch:
                 entry.next = None
-            self._end(entry)
+            self._endings.end(entry)
         self._dispatch(now)
         return self._out.take()
 
     def fence(self, link: str, fence: Fence, now: float) -> list[Send]:
         """End what a session's older epochs have; ``Fenced`` is sent when all of it has ended."""
-        session = (fence.tenant, fence.session_id)
-        self._end_older(session, fence.epoch)
-        self._fences.wait(link, fence.number, session, fence.epoch)
-        self._settle_fences(now)
+        self._endings.fence(link, fence)
+        self._endings.settle_fences(now)
         self._dispatch(now)
         return self._out.take()
 
     def host_left(self, link: str, now: float) -> list[Send]:
         """A host's connection broke: what it waited for is dropped, what runs goes on."""
         self._out.left(link)
-        self._fences.left(link)
+        self._endings.host_left(link)
         for entry in self._calls:
             if entry.next is not None and entry.next[0] == link:
                 entry.next = None
@@ -104,7 +100,7 @@ class Leases:
             if entry.lease:
                 entry.link = ""
             else:
-                self._drop(entry)
+                self._endings.drop(entry)
         self._dispatch(now)
         return self._out.take()
 
@@ -133,10 +129,10 @@ class Leases:
         for entry in [self._leases[lease] for lease in worker.leases]:
             if entry.ending:
                 # What was said while it was away did not arrive, or it is known only now.
-                self._end(entry)
+                self._endings.end(entry)
             self._lead_on(entry)
         self._retry_held(now)
-        self._settle_fences(now)
+        self._endings.settle_fences(now)
         self._dispatch(now)
         return self._out.take()
 
@@ -161,12 +157,17 @@ class Leases:
             return []
         worker.seen_at = now
         begun = set(leases)
-        for lease in worker.leases:
+        for lease in list(worker.leases):
             entry = self._leases[lease]
             if lease in begun:
                 entry.confirmed = True
-            elif not entry.confirmed and now - entry.granted_at >= _START_S:
+            elif entry.confirmed:
+                # Its end should have been told before this.
+                self._meter.runs(entry, now)
+                self._release(entry, worker, now)
+            elif now - entry.granted_at >= _START_S:
                 self._out.send(worker_id, Revoke(lease))
+        self._dispatch(now)
         return self._out.take()
 
     def forgot(self, worker_id: str, keys: Iterable[str]) -> None:
@@ -203,11 +204,11 @@ class Leases:
         for entry in self._leases.values():
             self._meter.runs(entry, now)
         for entry in self._calls.expired(now):
-            self._refuse(entry, "died" if entry.want.was_at else "expired")
+            self._endings.refuse(entry, "died" if entry.want.was_at else "expired")
         for worker in self.roster.given_up(now):
             self._bury(worker, now)
         self._retry_held(now)
-        self._settle_fences(now)
+        self._endings.settle_fences(now)
         self._dispatch(now)
         return self._out.take()
 
@@ -224,15 +225,14 @@ class Leases:
         return State(len(self._queue), len(self._leases), workers, self.roster.slots)
 
     def queued_s(self) -> float:
-        """Return how long the slots need for what waits."""
-        waiting = (entry for entry in self._calls if not entry.lease)
-        return sum(entry.call.wall_s for entry in waiting) / max(1, self.roster.slots)
+        """Return how long the slots need for what waits for a slot, and for nothing else."""
+        return self._queue.runnable_s() / max(1, self.roster.slots)
 
     # How
 
     def _ask(self, link: str, want: Want, deadline: float, now: float) -> None:
         session = (want.tenant, want.session_id)
-        if want.epoch < self._fences.epoch(session):
+        if self._endings.is_older(session, want.epoch):
             self._out.send(link, Refused(want.key, "refused"))
             return
         entry = self._calls.get(want.key)
@@ -245,7 +245,7 @@ class Leases:
                 self._out.send(entry.link, Refused(want.key, "refused"))
             entry.link, entry.want = link, want
             self._calls.due(entry, deadline)
-        self._end_older(session, want.epoch)
+        self._endings.end_older(session, want.epoch)
         if entry is not None:
             if entry.lease:
                 if entry.next is not None and entry.next[0] != link:
@@ -275,7 +275,7 @@ class Leases:
         for key in keys:
             entry = self._calls.get(key)
             if entry is not None and not entry.lease:
-                self._drop(entry)
+                self._endings.drop(entry)
                 self._out.grant(entry.link, key, worker, 0)
 
     def _lead_on(self, entry: Entry) -> None:
@@ -304,7 +304,7 @@ class Leases:
         if refused is not None:
             found = self._calls.get(refused.key)
             assert found is not None
-            self._refuse(found, "queue_full")
+            self._endings.refuse(found, "queue_full")
 
     def _hold(self, link: str, want: Want, deadline: float) -> None:
         entry = self._entry(link, want, deadline)
@@ -315,7 +315,7 @@ class Leases:
         """Look again at calls that waited for a worker's fate."""
         for entry in [entry for entry in self._calls if entry.held]:
             if not self._undecided(entry.want.was_at, now):
-                self._drop(entry)
+                self._endings.drop(entry)
                 self._ask(entry.link, entry.want, entry.deadline, now)
 
     def _dispatch(self, now: float) -> None:
@@ -336,27 +336,30 @@ class Leases:
 
     def _adopt(self, worker: WorkerState, held: Held, now: float) -> None:
         """Take a call over that runs already, unless it is ours or runs elsewhere by now."""
-        if held.lease in self._leases:
-            self._leases[held.lease].confirmed = True
+        if (ours := self._leases.get(held.lease)) is not None:
+            ours.confirmed = True
+            ours.ending = ours.ending or held.killed
             return
         session = (held.tenant, held.session_id)
-        self._end_older(session, held.epoch)
+        self._endings.end_older(session, held.epoch)
         known = self._calls.get(held.key)
         if known is not None and known.lease:
             self._out.send(worker.id, Kill(held.key, held.epoch))
             return
+        link, want = "", _want_of(held)
         if known is not None:
-            # Who asks for it, of a newer epoch perhaps, is led to it.
-            self._drop(known)
-            link, want = known.link, known.want
-        else:
-            link, want = "", _want_of(held)
+            self._endings.drop(known)
+            if not held.killed:
+                # Who asks for it, of a newer epoch perhaps, is led to it.
+                link, want = known.link, known.want
         entry = self._entry(link, want, 0.0)
         entry.charged, entry.confirmed = entry.call.cost, True
+        if held.killed and known is not None:
+            entry.next = known.link, replace(known.want, was_at=worker.id), known.deadline
         self._calls.note(entry)
         self._queue.began(entry.call)
         self._lease(entry, worker, held.lease, now - held.ran_s)
-        if want.epoch < self._fences.epoch(session):
+        if held.killed or self._endings.is_older(session, want.epoch):
             entry.ending = True
         elif link:
             self._out.grant(link, held.key, worker, 0)
@@ -367,53 +370,9 @@ class Leases:
         worker.idle_since = now
         self._queue.ended(entry.call)
         self._calls.strike(entry)
-        self._settle_fences(now)
+        self._endings.settle_fences(now)
         if entry.next is not None:
             self._ask(*entry.next, now)
-
-    def _drop(self, entry: Entry) -> None:
-        """A call without a lease waits no longer."""
-        self._queue.remove(entry.call.key)
-        self._calls.strike(entry)
-
-    def _refuse(self, entry: Entry, reason: str) -> None:
-        retry_s = 0.0
-        if reason == "queue_full":
-            place = self._queue.last_place(entry.call, self.roster.slots)
-            retry_s = max(_LEAST_RETRY_S, place.wait_s)
-        self._drop(entry)
-        self._out.send(entry.link, Refused(entry.want.key, reason, retry_s))
-
-    def _end(self, entry: Entry) -> None:
-        """Drop a call that waits, kill one that runs."""
-        if not entry.lease:
-            self._drop(entry)
-            return
-        entry.ending = True
-        # Its host may not have begun it, and may never.
-        self._out.send(entry.worker, Revoke(entry.lease))
-        self._out.send(entry.worker, Kill(entry.want.key, entry.want.epoch))
-
-    def _end_older(self, session: Session, epoch: int) -> None:
-        """End the calls of a session's older epochs."""
-        self._fences.heard(session, epoch)
-        for entry in self._calls.of_session(session):
-            if entry.want.epoch < epoch and entry.lease:
-                self._end(entry)
-            elif entry.want.epoch < epoch:
-                self._refuse(entry, "refused")
-
-    def _settle_fences(self, now: float) -> None:
-        if not self.roster.settled(now):
-            # What older epochs run may still be told of.
-            return
-
-        def is_over(session: Session, epoch: int) -> bool:
-            calls = self._calls.of_session(session)
-            return not any(entry.lease and entry.want.epoch < epoch for entry in calls)
-
-        for link, number in self._fences.settle(is_over):
-            self._out.send(link, Fenced(number))
 
     def _bury(self, worker: WorkerState, now: float) -> None:
         self.roster.died(worker)

@@ -139,7 +139,7 @@ class State(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A call that runs at a worker."""
+    """A call that runs at a worker; ``killed``: it has not ended yet."""
 
     lease: int
     key: str
@@ -150,6 +150,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True, tag=True):
     priority: Priority
     on_crash: OnCrash
     ran_s: float
+    killed: bool = False
 
 
 class Register(msgspec.Struct, frozen=True, array_like=True, tag=True):

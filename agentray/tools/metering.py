@@ -44,6 +44,9 @@ class Metering:
     def ended(self, entry: Entry, used: Finished) -> None:
         """A call has ended, and its worker says what it used."""
         cost = call_cost(used.wall_s, used.cpu_s, used.memory_bytes, self._slot)
+        if used.killed:
+            # Nobody has told what it used until then: as much as calls like it.
+            cost = max(cost, used.wall_s * entry.estimate.rate)
         self._charge(entry, cost)
         if not used.killed:
             tenant, tool = entry.call.tenant, entry.want.tool

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from agentray.config.worker_settings import ToolWorkersSettings
 
 __all__ = ["Idle", "Scaling"]
+
+
+# Opening runners takes seconds, a process on a busy machine a minute.
+_COMES_S = 120.0
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -28,6 +32,17 @@ class Scaling:
     def __init__(self, settings: ToolWorkersSettings) -> None:
         self._settings = settings
         self._long_since: float | None = None
+        self._away_since: dict[str, float] = {}
+
+    def overdue(self, now: float, names: Collection[str], there: Collection[str]) -> list[str]:
+        """Return those of the started workers that have not been there for too long.
+
+        Ray has no place for them, or nobody told it to start them anew. While they count as on
+        their way, no other one is started.
+        """
+        away = [name for name in names if name not in there]
+        self._away_since = {name: self._away_since.get(name, now) for name in away}
+        return [name for name in away if now - self._away_since[name] >= _COMES_S]
 
     def decide(
         self, *, now: float, nodes: int, started: int, workers: Sequence[Idle], wait_s: float

@@ -140,6 +140,11 @@ class ToolScheduler:
                 for worker in leases.roster.workers.values()
                 if worker.connected and not worker.draining
             ]
+            connected = {each.name for each in leases.roster.workers.values() if each.connected}
+            for name in self._scaling.overdue(now, self._names, connected):
+                log.warning("tool_worker_did_not_come", name=name)
+                self._names.discard(name)
+                await self._kill(name, restart=False)
             name = self._scaling.decide(
                 now=now,
                 nodes=nodes,

@@ -7,6 +7,8 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from agentray.clock import Clock
 from agentray.errors import AgentRayError
 from agentray.ids import new_owner_id
@@ -248,11 +250,12 @@ class Workplace:
         del self._jobs[key]
         self._end_lease(job.lease)
         dropped = [] if killed else self._results.keep(key, Kept(result, wall_s, now))
-        job.link.send(Done(key, result, wall_s))
         if dropped:
             self._tell(Forgot(dropped))
         used = (wall_s, result.cpu_s, result.memory_bytes)
+        # First: whatever becomes of the result, the slot is free.
         self._tell(Finished(job.lease, key, *used, killed, not killed and key not in dropped))
+        job.link.send(Done(key, result, wall_s))
 
     # The scheduler
 
@@ -294,10 +297,9 @@ class Workplace:
         held = [
             Held(
                 *(job.lease, key, job.ask.tenant, job.ask.session_id, job.epoch, job.ask.tool),
-                *(job.ask.priority, job.ask.on_crash, now - job.began_at),
+                *(job.ask.priority, job.ask.on_crash, now - job.began_at, job.killed),
             )
             for key, job in self._jobs.items()
-            if not job.killed
         ]
         link.send(
             Register(
@@ -314,11 +316,18 @@ async def _result(runner: Runner, ask: Ask) -> ToolResult:
     try:
         async with asyncio.timeout(ask.timeout_s + _OVERTIME_S):
             result = await running
+        if len(result.output) * 4 + len(result.scratch or b"") > MAX_FRAME // 2:
+            return ToolResult("error", "the result is too large", "output")
+        return _sendable(result)
     except TimeoutError:
         return ToolResult("error", f"not done within {ask.timeout_s:g} s", "timeout")
     except Exception as error:  # the outer wall: a slot must stay usable
         log.exception("tool_runner_failed", tool=ask.tool, error=type(error).__name__)
         return ToolResult("error", f"{ask.tool} could not be run", "failed")
-    if len(result.output) * 4 + len(result.scratch or b"") > MAX_FRAME // 2:
-        return ToolResult("error", "the result is too large", "output")
-    return result
+
+
+def _sendable(result: ToolResult) -> ToolResult:
+    """Return a result whose texts can be encoded: half a surrogate pair cannot be."""
+    texts = {name: getattr(result, name) for name in ("output", "reason", "start")}
+    clean = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+    return result if clean == texts else replace(result, **clean)

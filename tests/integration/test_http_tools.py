@@ -94,14 +94,22 @@ class Place:
         return self.names[host]
 
     async def open(
-        self, tool: dict[str, Any] | None = None, *, breaker: Any = None, **gateway: Any
+        self,
+        tool: dict[str, Any] | None = None,
+        *,
+        breaker: Any = None,
+        others: dict[str, Any] | None = None,
+        **gateway: Any,
     ) -> SpecRunner:
         """Return what runs the tool ``call``, at http://api.test, with the given settings."""
         self.names.setdefault("api.test", ["127.0.0.1"])
         origin = f"http://api.test:{self.api.port}"
         settings = ToolsSettings.model_validate(
             {
-                "http": {"call": {"description": "d", "url": f"{origin}/start"} | (tool or {})},
+                "http": {
+                    "call": {"description": "d", "url": f"{origin}/start"} | (tool or {}),
+                    **(others or {}),
+                },
                 "secrets": {"KEY": SecretStr(SECRET)},
                 "gateway": {"allow_private": [origin]} | gateway,
             }
@@ -183,6 +191,13 @@ async def test_a_long_answer_is_cut_and_its_connection_is_not_used_again(
 async def test_a_secret_on_the_edge_of_the_cut_is_not_told(api: Api, place: Place) -> None:
     api.handler = answers(200, text="x" * 990 + SECRET + "y" * 1_000)
     found = await call(await place.open(max_response_bytes=1_000))
+    assert SECRET[:4] not in found.output
+
+
+async def test_a_secret_on_the_edge_of_a_cut_reason_is_not_told(api: Api, place: Place) -> None:
+    api.handler = answers(500, text="", reason="x" * 70 + SECRET)
+    found = await call(await place.open())
+    assert "x" * 70 in found.output
     assert SECRET[:4] not in found.output
 
 
@@ -397,6 +412,26 @@ async def test_a_redirect_to_an_allowed_name_with_a_private_address_is_refused(
     assert len(api.requests) == 1
 
 
+async def test_a_redirect_does_not_lead_from_a_public_api_to_another_tools_private_service(
+    api: Api, place: Place
+) -> None:
+    place.names["own.test"] = ["127.0.0.1"]
+    own, other = f"http://own.test:{api.port}", f"http://api.test:{api.port}"
+    tools = {"inner": {"description": "d", "url": f"{own}/"}}
+    api.handler = redirects(f"{own}/end")
+    # Both are at this machine here; that the first redirects to the second is what is refused.
+    settings: dict[str, Any] = {"allow_private": [own, other]}
+    refused = await call(await place.open(others=tools, **settings))
+    assert refused.reason == "refused"
+    assert "may be private" in refused.output
+    assert [request.host for request in api.requests] == [f"api.test:{api.port}"]
+    named = await call(await place.open(others=tools, allow=[own], **settings))
+    assert named.status == "ok"
+    # To itself any host may redirect.
+    api.handler = redirects("/end")
+    assert (await call(await place.open(others=tools, **settings))).status == "ok"
+
+
 async def test_a_redirect_takes_no_secret_to_another_host(api: Api, place: Place) -> None:
     place.names["other.test"] = ["127.0.0.1"]
     place.names["api.test"] = ["127.0.0.1"]
@@ -484,6 +519,23 @@ async def test_a_body_that_is_too_large_is_not_sent(api: Api, place: Place) -> N
     found = await call(await place.open(tool, max_request_bytes=100), text="x" * 200)
     assert found.reason == "refused"
     assert not api.requests
+
+
+async def test_an_address_and_headers_count_as_bytes_of_a_request(api: Api, place: Place) -> None:
+    tools = [
+        {"query": {"q": "{text}"}},
+        {"headers": {"X-Text": "{text}"}},
+    ]
+    for tool in tools:
+        found = await call(await place.open(tool, max_request_bytes=300), text="x" * 400)
+        assert (found.reason, found.output) == ("refused", "The request has more than 300 bytes.")
+        found = await call(await place.open(tool, call_bytes=300), text="x" * 400)
+        assert "more bytes than it may" in found.output
+    assert not api.requests
+    # What a redirect makes of it counts as well.
+    api.handler = redirects("/" + "x" * 400)
+    found = await call(await place.open(max_request_bytes=300))
+    assert found.output == "The request has more than 300 bytes."
 
 
 # OpenAPI

@@ -152,11 +152,11 @@ async def test_a_host_that_loses_its_worker_connection_is_led_back_to_the_call(
     client = stage.client()
     call = asyncio.create_task(client.call(ask("a")))
     for _ in range(2):
-        await until(lambda: bool(client._by_link) and stage.notes.begun["a"] == 1)
-        (link,) = client._by_link
+        await until(lambda: bool(list(client._doors.links())) and stage.notes.begun["a"] == 1)
+        (link,) = client._doors.links()
         link.abort()
-        await until(lambda link=link: link not in client._by_link)
-    await until(lambda: bool(client._by_link))
+        await until(lambda link=link: link not in list(client._doors.links()))
+    await until(lambda: bool(list(client._doors.links())))
     stage.notes.may_end.set()
     assert (await call).status == "ok"
     assert stage.notes.begun == stage.notes.ended == {"a": 1}
@@ -180,7 +180,7 @@ async def test_a_call_that_loses_worker_after_worker_is_given_up(stage: Stage) -
 async def test_who_asks_for_a_call_that_is_being_killed_has_it_run_after_that(
     stage: Stage,
 ) -> None:
-    await stage.worker("w")
+    place, _ = await stage.worker("w")
     stage.notes.may_die.clear()
     old, new = stage.client("old"), stage.client("new")
     first = asyncio.create_task(old.call(ask("a", on_crash="retry")))
@@ -189,7 +189,7 @@ async def test_who_asks_for_a_call_that_is_being_killed_has_it_run_after_that(
     again = asyncio.create_task(new.call(ask("a", epoch=2, on_crash="retry")))
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    await until(lambda: bool(new._doors))
+    await until(lambda: new._doors.get(place._id) is not None)
     assert not again.done()
     stage.notes.may_die.set()
     stage.notes.may_end.set()
@@ -224,7 +224,7 @@ async def test_results_are_kept_for_a_host_that_comes_for_them_later(stage: Stag
     lost = stage.client("lost")
     call = asyncio.create_task(lost.call(ask("a")))
     await until(lambda: stage.notes.begun["a"] == 1)
-    for link in [lost._scheduler, *lost._by_link]:
+    for link in [lost._scheduler, *lost._doors.links()]:
         assert link is not None
         link.abort()
     call.cancel()

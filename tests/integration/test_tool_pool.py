@@ -304,7 +304,7 @@ async def test_a_host_that_died_finds_its_call_running(
             dies.call(ask("left", session="behind", wait_s=1.0, file=notes.file))
         )
         await until(lambda: notes.keys("begun") == {"left": 1})
-        for link in [dies._scheduler, *(door.link for door in dies._doors.values())]:
+        for link in [dies._scheduler, *dies._doors.links()]:
             assert link is not None
             link.abort()
         again = ask("left", session="behind", epoch=2, wait_s=1.0, file=notes.file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.jail.attack import Attack
+from tests.jail.exhaustion import limits
 from tests.jail.looking import none
 
 __all__ = ["KERNEL"]
@@ -138,6 +139,19 @@ NAMESPACES = (
             raise OSError(ctypes.get_errno(), "clone")
         os.waitpid(child, 0)
         """,
+        off=none("seccomp"),
+    ),
+    Attack(
+        name="a child of its parent's, which nobody waits for",
+        body="""
+        child = libc.syscall(ctypes.c_long(56), ctypes.c_long(0x8000 | 17), None, None, None, None)
+        if child == 0:
+            while True:
+                libc.pause()
+        if child < 0:
+            raise OSError(ctypes.get_errno(), "clone")
+        """,
+        limits=limits(wall_s=2.0),
         off=none("seccomp"),
     ),
     Attack(

@@ -23,6 +23,7 @@ from agentray.tools.code import ceiling
 from agentray.tools.runner import Ask, Runner
 from agentray.tools.sandbox.base import Limits, PythonCode, Run, Slot
 from agentray.tools.sandbox.opening import open_slot
+from agentray.tools.sandbox.serving import begin, end
 from agentray.tools.spec import ToolResult
 from agentray.tools.spec_runner import Place, SpecRunner
 from agentray.tools.toolbox import open_toolbox
@@ -297,25 +298,28 @@ except OSError as error:
     assert (await run(runner, code)).output == "200"
 
 
-async def test_what_a_call_asked_last_is_not_done_in_the_next(world: World) -> None:
-    (runner,) = await world.runners()
-    code = """
-held = [socket.create_connection(("127.0.0.1", 3128), 5) for _ in range(16)]
-try:
-    for _ in range(20):
-        # There is no place for it while those are held.
-        link = socket.create_connection(("127.0.0.1", 3128), 0.2)
-        link.sendall(f"GET http://127.0.0.1:{PORT}/stale HTTP/1.0\\r\\n\\r\\n".encode())
-        held.append(link)
-except OSError:
-    print(len(held) > 16)
-sys.stdout.flush()
-os._exit(0)
-"""
-    assert (await run(runner, world.facts("import sys\n" + code))).output == "True"
-    code = world.facts("print(urllib.request.urlopen(f'http://127.0.0.1:{PORT}/a').status)")
-    assert (await run(runner, code)).output == "200"
-    assert world.seen == ["/a"]
+async def test_who_waits_from_the_run_before_is_not_served() -> None:
+    served: list[bytes] = []
+
+    async def network(listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            with connection:
+                served.append(await loop.sock_recv(connection, 10))
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as stale,
+    ):
+        stale.sendall(b"stale")
+        serving = begin(listener, network)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"new")
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        writer.close()
+        await end(serving)
+    assert served == [b"new"]
 
 
 def _connections() -> int:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -302,6 +303,76 @@ async def test_a_zygote_that_is_killed_is_replaced(when: str, scene: Scene) -> N
         await assert_usable(slot)
         made |= below(children() - before)
     await none_left(made)
+
+
+CHILD_OF_THE_ZYGOTE = """
+import ctypes, time
+libc = ctypes.CDLL(None)
+if libc.syscall(ctypes.c_long(56), ctypes.c_long(0x8000 | 17), None, None, None, None) == 0:
+    libc.prctl(15, b"{mark}", 0, 0, 0)
+    while True:
+        libc.pause()
+print("made", flush=True)
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("how", ["at its deadline", "cancelled"])
+async def test_a_zygote_that_is_held_up_is_replaced(how: str, scene: Scene) -> None:
+    """Even where a program finds a way to hold it up, as here one that the filter closes."""
+    before, mark = children(), str(scene.facts["mark"])
+    program = PythonCode(CHILD_OF_THE_ZYGOTE.format(mark=mark))
+    async with opened_jail(without=frozenset({"seccomp"})) as slot:
+        await assert_usable(slot)
+        made = below(children() - before)
+        began = time.monotonic()
+        running = asyncio.ensure_future(slot.run(Run(program, limits(wall_s=1.0))))
+        if how == "cancelled":
+            await process_named(mark)
+            running.cancel()
+            await asyncio.wait([running], timeout=8)
+            assert running.cancelled()
+        else:
+            outcome = await running
+            assert outcome.reason == "timeout", said(outcome)
+            assert outcome.stdout == b"made\n", said(outcome)
+        assert time.monotonic() - began < 8
+        await none_left(made)
+        await assert_usable(slot)
+
+
+HELD_UP = """
+import asyncio, sys
+from agentray.tools.sandbox.base import PythonCode, Run
+from agentray.tools.sandbox.opening import open_jail
+
+async def main():
+    slot = await open_jail(without=frozenset({"seccomp"}))
+    await slot.run(Run(PythonCode(sys.argv[1])))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_zygote_that_is_held_up_ends_with_its_supervisor(scene: Scene) -> None:
+    mark = str(scene.facts["mark"])
+    source = CHILD_OF_THE_ZYGOTE.format(mark=mark)
+    supervisor = await asyncio.create_subprocess_exec(sys.executable, "-c", HELD_UP, source)
+    try:
+        await process_named(mark)
+        made = below({supervisor.pid})
+        await until_gone(mark)
+    finally:
+        supervisor.kill()
+        await supervisor.wait()
+    await none_left(made)
+
+
+async def until_gone(mark: str) -> None:
+    deadline = time.monotonic() + 5
+    while marked_processes(mark):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
 
 
 async def none_left(processes: set[int]) -> None:

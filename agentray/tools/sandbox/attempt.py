@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agentray.tools.sandbox import program, scratch
 from agentray.tools.sandbox.base import FunctionCall, Outcome, Reason, Run, Start, Usage
 from agentray.tools.sandbox.cgroups import Cgroup
-from agentray.tools.sandbox.supervisor import Child, Ended
+from agentray.tools.sandbox.supervisor import Child, Ended, Zygote
 
 __all__ = ["Attempt"]
 
@@ -25,6 +25,8 @@ _UNLIMITED = 1 << 62
 # The first look comes after what short runs take: they cost no reading of files.
 _TICK_S = 0.1
 _COLLECT_S = 10.0
+# All that was killed is over by then; else its zygote is held up, by what it should not be.
+_GONE_S = 3.0
 
 
 class Attempt:
@@ -32,6 +34,7 @@ class Attempt:
 
     def __init__(
         self,
+        zygote: Zygote,
         child: Child,
         run: Run,
         start: Start,
@@ -39,6 +42,7 @@ class Attempt:
         *,
         without: frozenset[str] = frozenset(),
     ) -> None:
+        self._zygote = zygote
         self._child = child
         self._run = run
         self._start: Start = start
@@ -47,6 +51,7 @@ class Attempt:
         self._cpu_before_s: float | None = None
         self._cpu_used_s = 0.0
         self._why: Reason | None = None
+        self._last: asyncio.TimerHandle | None = None
         self._cap = _UNLIMITED if "output_cap" in without else run.limits.output_bytes
         child.out.most = child.err.most = self._cap
         child.out.listener = child.err.listener = self._printed
@@ -69,6 +74,8 @@ class Attempt:
         finally:
             deadline.cancel()
             self._ticking.cancel()
+            if self._last is not None:
+                self._last.cancel()
             if sending is not None:
                 sending.cancel()
             if self._cpu_before_s is not None and self._cgroup is not None:
@@ -77,9 +84,21 @@ class Attempt:
     def _end(self, why: Reason) -> None:
         if self._why is None:
             self._why = why
-            if self._cgroup is not None:
-                self._cgroup.free_cpu()
-            self._child.kill()
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._cgroup is not None:
+            self._cgroup.free_cpu()
+        self._child.kill()
+        # Whatever a program found to hold its zygote up with, its time is over.
+        self._last = asyncio.get_running_loop().call_later(_GONE_S, self._zygote.abandon)
+
+    async def cancel(self) -> None:
+        """End all its processes, now."""
+        self._kill()
+        await asyncio.wait([self._child.over])
+        if self._last is not None:
+            self._last.cancel()
 
     def _tick(self) -> None:
         """Look at the cgroup's CPU time: the only count that nothing in a tree escapes."""

@@ -31,7 +31,6 @@ from agentray.tools.sandbox.uids import UidLease
 
 __all__ = ["JailSlot"]
 
-_GONE_S = 5.0
 _RLIMITS = {
     "cpu": "CPU",
     "memory": "AS",
@@ -166,7 +165,7 @@ class JailSlot:
         except (OSError, SandboxUnavailableError) as error:
             return Outcome("failed", error=f"no child could be made: {error}")
         self._limit_memory(run.limits)
-        attempt = Attempt(child, run, start, self._cgroup, without=self._without)
+        attempt = Attempt(self._zygote, child, run, start, self._cgroup, without=self._without)
         listener = self._zygote.listener or self._listener
         network = None if listener is None else serving.begin(listener, run.network)
         try:
@@ -178,7 +177,7 @@ class JailSlot:
         except SandboxUnavailableError as error:
             return Outcome("failed", error=str(error), start=start) if last else None
         except asyncio.CancelledError:
-            await self._end(child)
+            await attempt.cancel()
             raise
         finally:
             if network is not None:
@@ -221,12 +220,6 @@ class JailSlot:
             cpu_s = math.inf if "cpu" in without else limits.cpu_s + self._zygote.child_cpu_s
             memory_bytes = limits.memory_bytes + self._zygote.child_bytes
             self._zygote.watch(child, cpu_s, 0 if "memory" in without else memory_bytes)
-
-    async def _end(self, child: Child) -> None:
-        if self._cgroup is not None:
-            self._cgroup.free_cpu()
-        child.kill()
-        await asyncio.wait([child.over], timeout=_GONE_S)
 
     def _oom_killed(self) -> bool:
         """Return whether the kernel killed for memory since this was asked last."""

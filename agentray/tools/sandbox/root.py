@@ -83,6 +83,8 @@ def _become_init() -> None:
     """Go on as the init of the new pid namespace: with it, however it ends, all in there does."""
     pid = os.fork()
     if pid:
+        # The zygote sees by its socket that its supervisor is gone, if nothing holds it up.
+        kernel.die_with_parent()
         # No descriptor is held here: that the zygote is gone is seen by its end of the socket.
         os.closerange(0, 100)
         os.waitpid(pid, 0)

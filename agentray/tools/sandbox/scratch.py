@@ -13,7 +13,6 @@ from agentray.tools.sandbox.base import Limits
 __all__ = ["Entry", "ScratchError", "most_bytes", "pack", "unpack"]
 
 _LARGE_BYTES = 1 << 20
-_ENTRY_BYTES = 512
 _LONGEST_NAME = 4096
 
 

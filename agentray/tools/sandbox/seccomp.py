@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 
-__all__ = ["ALLOWED", "program"]
+__all__ = ["program"]
 
 _NUMBERS = {
     "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7,
@@ -21,8 +21,8 @@ _NUMBERS = {
     "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "sendfile": 40,
     "connect": 42, "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47,
     "shutdown": 48, "bind": 49, "listen": 50, "getsockname": 51, "getpeername": 52,
-    "setsockopt": 54, "getsockopt": 55, "fork": 57, "vfork": 58, "execve": 59, "exit": 60,
-    "wait4": 61, "kill": 62, "uname": 63, "fcntl": 72, "flock": 73, "fsync": 74,
+    "getsockopt": 55, "fork": 57, "vfork": 58, "execve": 59, "exit": 60,
+    "wait4": 61, "kill": 62, "uname": 63, "flock": 73, "fsync": 74,
     "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80,
     "fchdir": 81, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87,
     "symlink": 88, "readlink": 89, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93,
@@ -60,23 +60,28 @@ _NUMBERS = {
     "faccessat2": 439, "epoll_pwait2": 441, "futex_waitv": 449,
 }  # fmt: skip
 
-ALLOWED = frozenset(_NUMBERS)
-"""Names of the calls that are allowed, mostly whatever their arguments."""
-
 # Allowed for some arguments only.
 _IOCTL, _SOCKET, _SOCKETPAIR, _CLONE, _PERSONALITY, _PRCTL = 16, 41, 53, 56, 135, 157
 _SETSOCKOPT, _GETSOCKOPT = 54, 55
+_MMAP, _FCNTL = 9, 72
 _SETRLIMIT, _PRLIMIT = 160, 302
 
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _STREAMS = (0x1, 0x801, 0x80001, 0x80801)
 _IPPROTO_TCP = 6
 _SOL_SOCKET, _SO_SNDBUF, _SO_RCVBUF = 1, 7, 8
+# Programs for the kernel to run on what arrives: SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF, _EBPF.
+_ATTACH = (26, 50, 51, 52)
+# A pipe holds 64 KiB, and with this 1 MiB: memory of the kernel's that is in no process.
+_F_SETPIPE_SZ = 1031
+_MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 # No delay, segments, cork, keepalives (3), quick ack, its state, timeout: what clients set. Not
 # zero-copy, repair, and the protocols that can be laid over a connection.
 _TCP_OPTIONS = (1, 2, 3, 4, 5, 6, 11, 12, 18)
-# All that a clone may not make: a user namespace would give back every capability inside it.
+# What a clone may not do: a user namespace would give back every capability inside it, and a
+# child of its own parent (CLONE_PARENT) would be one of the zygote's, which never waits for it.
 _CLONE_NEW = 0x7E020000
+_CLONE_PARENT = 0x8000
 _PERSONALITY_QUERY = 0xFFFFFFFF
 # Where the machine hands core dumps to a program, a limit of 0 does not keep it from being started,
 # as root and outside; one of 1 does. So that one, which is set before, is not to be lowered.
@@ -121,37 +126,49 @@ def _stream() -> list[Instruction]:
     return [*code, (_EQUAL, 1, 0, 0), (_EQUAL, 0, 1, _IPPROTO_TCP), _allow, _refuse(errno.EPERM)]
 
 
-def _options(*, setting: bool) -> list[Instruction]:
-    """Allow options of sockets, and what clients need of those of TCP."""
+def _own_options() -> list[Instruction]:
+    """Go on behind what refuses the options of any socket that are not to be set."""
+    # Done, it seems: how large buffers are is a hint. With large ones a socket holds megabytes.
+    code = [s for each in (_SO_SNDBUF, _SO_RCVBUF) for s in ((_EQUAL, 0, 1, each), _refuse(0))]
+    no = _refuse(errno.EPERM)
+    return [*code, *(s for each in _ATTACH for s in ((_EQUAL, 0, 1, each), no))]
+
+
+def _options(*, setting: bool, network: bool, proxied: bool) -> list[Instruction]:
+    """Allow options of sockets, and what clients need of those of TCP where that is proxied."""
     level, option = ((_LOAD, 0, 0, _ARGUMENT + 8 * n) for n in (1, 2))
-    own: list[Instruction] = [option]
-    if setting:
-        # Done, it seems: how large buffers are is a hint.
-        for each in (_SO_SNDBUF, _SO_RCVBUF):
-            own += [(_EQUAL, 0, 1, each), _refuse(0)]
-    own.append(_allow)
-    tcp = [option, *_one_of(_TCP_OPTIONS, errno.ENOPROTOOPT)]
+    refused = _own_options() if setting else []
+    if network:
+        # It is the machine's, and its buffers are not bounded by this anyway.
+        refused = refused[4:]
+    own = [option, *refused, _allow]
     code: list[Instruction] = [level, (_EQUAL, 0, len(own), _SOL_SOCKET), *own]
+    if not proxied:
+        return [*code, _allow]
+    tcp = [option, *_one_of(_TCP_OPTIONS, errno.ENOPROTOOPT)]
     code += [(_EQUAL, 0, len(tcp), _IPPROTO_TCP), *tcp]
     return [*code, _refuse(errno.ENOPROTOOPT)]
 
 
-def _special(network: bool, proxied: bool) -> list[tuple[int, list[Instruction]]]:
+def _special(
+    network: bool, proxied: bool, shared_memory: bool
+) -> list[tuple[int, list[Instruction]]]:
     first: Instruction = (_LOAD, 0, 0, _ARGUMENT)
     second: Instruction = (_LOAD, 0, 0, _ARGUMENT + 8)
     families = (_AF_UNIX, _AF_INET, _AF_INET6) if network else (_AF_UNIX,)
     third: tuple[Instruction, ...] = tuple((_LOAD, 0, 0, _ARGUMENT + 16 + n) for n in (0, 4))
     no = _refuse(errno.EPERM)
     sockets = [first, *_one_of(families, errno.EAFNOSUPPORT)]
-    options: list[tuple[int, list[Instruction]]] = []
+    setting = _options(setting=True, network=network, proxied=proxied)
+    more: list[tuple[int, list[Instruction]]] = [(_SETSOCKOPT, setting)]
     if proxied:
         stream = _stream()
         sockets = [first, (_EQUAL, 0, len(stream), _AF_INET), *stream, *sockets[1:]]
-        options = [
-            (_SETSOCKOPT, _options(setting=True)),
-            (_GETSOCKOPT, _options(setting=False)),
-        ]
-    clone = [first, (_ANY_BIT, 0, 1, _CLONE_NEW), no, _allow]
+        more.append((_GETSOCKOPT, _options(setting=False, network=False, proxied=True)))
+    if not shared_memory:
+        bits = [(_ANY_BIT, 0, 2, _MAP_ANONYMOUS), (_ANY_BIT, 0, 1, _MAP_SHARED)]
+        more.append((_MMAP, [(_LOAD, 0, 0, _ARGUMENT + 24), *bits, no, _allow]))
+    clone = [first, (_ANY_BIT, 0, 1, _CLONE_NEW | _CLONE_PARENT), no, _allow]
     # Its own limits only: those of its init have the same uid. Asked for, they may be all.
     prlimit = [first, (_EQUAL, 1, 0, 0), no, second, (_EQUAL, 1, 0, _CORE), _allow]
     prlimit += [step for half in third for step in (half, (_EQUAL, 1, 0, 0), no)]
@@ -164,7 +181,8 @@ def _special(network: bool, proxied: bool) -> list[tuple[int, list[Instruction]]
         (_PRCTL, [first, *_one_of(_PRCTLS, errno.EINVAL)]),
         (_SETRLIMIT, [first, (_EQUAL, 0, 1, _CORE), no, _allow]),
         (_PRLIMIT, [*prlimit, _allow]),
-        *options,
+        (_FCNTL, [second, (_EQUAL, 0, 1, _F_SETPIPE_SZ), no, _allow]),
+        *more,
     ]
 
 
@@ -192,9 +210,13 @@ def _search(ranges: list[tuple[int, bool]]) -> list[Instruction]:
     return [(_AT_LEAST, 0, 1, ranges[middle][0]), (_JUMP, 0, 0, len(low)), *low, *high]
 
 
-def program(*, network: bool = False, proxied: bool = False) -> bytes:
-    """Return the filter as the kernel takes it. ``network`` allows sockets of the internet,
-    ``proxied`` those of TCP over IPv4, with few options."""
+def program(*, network: bool = False, proxied: bool = False, shared_memory: bool = True) -> bytes:
+    """Return the filter as the kernel takes it.
+
+    ``network`` allows sockets of the internet, ``proxied`` those of TCP over IPv4, with few
+    options. Without ``shared_memory`` there is none that is in no file: nothing but a cgroup
+    counts what of it no process has in its memory at the moment.
+    """
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, _ARCH_X86_64),
@@ -203,7 +225,7 @@ def program(*, network: bool = False, proxied: bool = False) -> bytes:
         (_AT_LEAST, 0, 1, _X32),
         _refuse(errno.ENOSYS),
     ]
-    for number, body in _special(network, proxied):
+    for number, body in _special(network, proxied, shared_memory):
         code += [(_EQUAL, 0, len(body), number), *body]
     code += _search(_ranges())
     return b"".join(struct.pack("=HBBI", *each) for each in code)

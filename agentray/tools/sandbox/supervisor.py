@@ -151,9 +151,12 @@ async def _first(control: socket.socket) -> tuple[bytes, list[int]]:
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
+    """End a process; one that the kernel does not let end yet is waited for some seconds only."""
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    await process.wait()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_END_S):
+            await process.wait()
 
 
 def _let_go(child: Child | None) -> None:
@@ -187,7 +190,6 @@ class Zygote:
         self._serial = 0
         self.oom_kills = 0
         self.own_bytes = 0
-        self.sees_processes = False
         self.listener: socket.socket | None = None
         """What its children's programs can connect to, if to anything."""
 
@@ -206,6 +208,9 @@ class Zygote:
         Raises:
             SandboxUnavailableError: if it cannot go there; the message says what failed.
         """
+        if self._process is not None:
+            # What is left of the last one counts for the same uid.
+            await _ended(self._process)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         process = None
@@ -225,17 +230,20 @@ class Zygote:
                 raise SandboxUnavailableError(
                     f"it could not be set up: {facts[0]}", tier=self._tier
                 )
-        except BaseException:
+        except BaseException as error:
             ours.close()
             theirs.close()
             if process is not None:
                 await _ended(process)
-            raise
+            if not isinstance(error, OSError):
+                raise
+            late = isinstance(error, TimeoutError)
+            why = f"the zygote was not ready after {_START_S:g} s" if late else str(error)
+            raise SandboxUnavailableError(why, tier=self._tier) from error
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.socket(fileno=fds[0]) if fds else None
         self._process, self._control = process, ours
-        self.sees_processes = bool(facts[0])
         if self._cgroup is not None:
             self.own_bytes = self._cgroup.memory_bytes()
             self.oom_kills = self._cgroup.oom_kills()
@@ -280,6 +288,13 @@ class Zygote:
         """Have the zygote count what the child uses, and end it past the limits (0: none)."""
         self._send("watch", child.serial, (cpu_s, memory_bytes))
 
+    def abandon(self) -> None:
+        """End it and all its children by force, as it does not do what it is told: it is gone."""
+        if self._process is not None and self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        self._lost()
+
     async def close(self) -> None:
         """End it and all its children, and remove its cgroup."""
         self._lost()
@@ -287,7 +302,8 @@ class Zygote:
             self.listener.close()
         if self._process is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _END_S)
+                async with asyncio.timeout(_END_S):
+                    await self._process.wait()
             await _ended(self._process)
         for _ in range(100):
             if self._cgroup is None or self._cgroup.remove():
@@ -302,6 +318,9 @@ class Zygote:
             # Not wait_for, which before Python 3.12 may take a cancellation for nothing.
             async with asyncio.timeout(_FORK_S):
                 return await future
+        except TimeoutError:
+            self.abandon()
+            raise SandboxUnavailableError("the zygote does not answer", tier=self._tier) from None
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
                 # It came, and nobody takes it any more.

@@ -54,7 +54,7 @@ def main() -> Callable[[], None]:
         gc.collect()
         gc.freeze()
         gc.disable()
-    ready = json.dumps(["ready", jail.proc is not None]).encode()
+    ready = json.dumps(["ready"]).encode()
     _send(control, ready, (listener,) if listener >= 0 else ())
     if listener >= 0:
         os.close(listener)

@@ -12,6 +12,13 @@ NEVER = [
     "169.254.169.254",
     "::ffff:169.254.169.254",
     "fd00:ec2::254",
+    "fd00:ec2::23",
+    "fd20:ce::254",
+    "fd00:c1::a9fe:a9fe",
+    "fd00:42::42",
+    "fd00:100::100:200",
+    "fd00:a9fe:a9fe::1",
+    "169.254.170.2",
     "168.63.129.16",
     "100.100.100.200",
     "192.0.0.192",
@@ -179,3 +186,13 @@ def test_a_redirect_is_read_as_it_is_written() -> None:
     with pytest.raises(ToolError):
         # Parsers that drop the tab would go to another host than the one that was checked.
         redirect_target(url, "https://exam\tple.com/")
+
+
+@pytest.mark.parametrize("location", ["//[evil", "https://[evil]/", "//evil\u2100.example/"])
+def test_a_redirect_that_cannot_be_read_is_refused_without_its_text(location: str) -> None:
+    _, url = parse_url("https://example.com/a/b?c")
+    with pytest.raises(ToolError) as error:
+        parse_url(redirect_target(url, location))
+    assert error.value.fields["reason"] == "refused"
+    assert "evil" not in error.value.message
+    assert error.value.__cause__ is None or "evil" not in str(error.value.__cause__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr
@@ -151,6 +152,10 @@ def test_an_argument_cannot_split_a_header(value: str) -> None:
         base64.b64encode(b"tok:12/34+x").decode(),
         base64.b64encode(b"u:tok:12/34+x").decode(),
         base64.b64encode(b"us:tok:12/34+x").decode(),
+        "a=tok%3a12%2f34%2bx&",
+        r"tok:12\u002F34\u002bx",
+        r"tok\u003a12\u002f34\u002Bx",
+        quote(base64.b64encode(b"tok:12/34+x").decode(), safe=""),
     ],
 )
 def test_a_secret_is_taken_out_however_it_is_encoded(text: str) -> None:
@@ -158,6 +163,24 @@ def test_a_secret_is_taken_out_however_it_is_encoded(text: str) -> None:
     assert "[secret TOKEN]" in found
     assert found.startswith("before ")
     assert "12" not in found
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_a_secret_is_taken_out_of_base64_of_both_alphabets(shift: int) -> None:
+    secrets = Secrets({"KEY": SecretStr("~~??>>~~??>>")})
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        found = secrets.redact("before " + encode(b"u" * shift + b"~~??>>~~??>>").decode())
+        assert "[secret KEY]" in found
+
+
+@pytest.mark.parametrize(
+    "text", ["na%C3%AFve-ké%", "na%c3%afve-k%c3%a9%25", r"na\u00efve-k\u00E9%"]
+)
+def test_a_secret_with_more_than_ascii_is_taken_out(text: str) -> None:
+    secrets = Secrets({"A": SecretStr("other-one"), "KEY": SecretStr("naïve-ké%")})
+    assert secrets.redact(f"<{text}>") == "<[secret KEY]>"
+    for size in range(3, len(text)):
+        assert secrets.redact(f"<{text[:size]}", cut=True) == "<"
 
 
 def test_a_secret_that_the_cut_hit_is_taken_out_too() -> None:
@@ -226,5 +249,20 @@ def test_a_redirect_takes_secrets_to_the_same_origin_alone(
     headers = (("Accept", "x"), ("Authorization", "s"), ("Content-Type", "application/json"))
     asked = HttpRequest(method, "https://a.example/", headers, b"{}")
     origin, url = parse_url(asked.url)
-    found = redirected(asked, origin, url, status, location)
+    found = redirected(asked, origin, url, status, location, SECRETS)
     assert (found.method, {name.lower() for name, _ in found.headers}, found.body) == expected
+
+
+@pytest.mark.parametrize("value", ["tok:12/34+x", "agent tok%3a12%2F34%2Bx"])
+def test_a_secret_in_a_header_that_others_get_stays_with_its_origin(value: str) -> None:
+    asked = HttpRequest("GET", "https://a.example/", (("User-Agent", value), ("Accept", "x")))
+    origin, url = parse_url(asked.url)
+    near = redirected(asked, origin, url, 302, "/next", SECRETS)
+    assert near.headers == asked.headers
+    far = redirected(asked, origin, url, 302, "https://b.example/", SECRETS)
+    assert far.headers == (("Accept", "x"),)
+
+
+def test_a_requests_size_is_that_of_all_that_the_tool_put_into_it() -> None:
+    asked = HttpRequest("PUT", "https://a.example/", (("X-A", "é"),), b"{}")
+    assert asked.size_bytes == len("PUT") + len("https://a.example/") + len("X-A") + 2 + 2

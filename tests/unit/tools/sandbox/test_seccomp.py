@@ -12,6 +12,7 @@ from agentray.tools.sandbox.seccomp import program
 X86_64, I386 = 0xC000003E, 0x40000003
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 CLONE_NEWUSER, CLONE_THREAD, CLONE_VM = 0x10000000, 0x00010000, 0x100
+CLONE_PARENT = 0x8000
 
 
 def answer(code: bytes, number: int, *arguments: int, arch: int = X86_64) -> int:
@@ -71,6 +72,38 @@ def test_other_abis_are_no_way_around() -> None:
 def test_threads_may_be_made_and_namespaces_not() -> None:
     assert answer(program(), 56, CLONE_VM | CLONE_THREAD) == ALLOW
     assert answer(program(), 56, CLONE_NEWUSER | 17) == ERRNO | errno.EPERM
+
+
+def test_a_child_of_the_zygotes_cannot_be_made() -> None:
+    assert answer(program(), 56, CLONE_PARENT | 17) == ERRNO | errno.EPERM
+    # With a thread, it is the thread's process that it concerns: nothing needs it.
+    assert answer(program(), 56, CLONE_PARENT | CLONE_VM | CLONE_THREAD) == ERRNO | errno.EPERM
+    assert answer(program(), 435, 0x1000, 88) == ERRNO | errno.ENOSYS
+
+
+MMAP = 9
+PRIVATE, SHARED, SHARED_VALIDATE, ANONYMOUS = 0x2, 0x1, 0x3, 0x20
+
+
+@pytest.mark.parametrize(
+    ("flags", "uncounted"),
+    [
+        (PRIVATE | ANONYMOUS, ALLOW),
+        (SHARED, ALLOW),
+        (SHARED | ANONYMOUS, ERRNO | errno.EPERM),
+        (SHARED_VALIDATE | ANONYMOUS, ERRNO | errno.EPERM),
+        (SHARED | ANONYMOUS | 0x40000, ERRNO | errno.EPERM),
+    ],
+)
+def test_shared_memory_without_a_file_can_be_refused(flags: int, uncounted: int) -> None:
+    assert answer(program(shared_memory=False), MMAP, 0, 4096, 3, flags) == uncounted
+    assert answer(program(), MMAP, 0, 4096, 3, flags) == ALLOW
+
+
+def test_pipes_stay_as_small_as_they_are() -> None:
+    assert answer(program(), 72, 3, 1031, 1 << 20) == ERRNO | errno.EPERM
+    assert answer(program(), 72, 3, 1032) == ALLOW
+    assert answer(program(), 72, 3, 2, 1) == ALLOW
 
 
 @pytest.mark.parametrize(
@@ -153,6 +186,16 @@ def test_with_a_proxy_there_is_tcp_and_little_of_it(call: tuple[int, ...], expec
     assert answer(program(proxied=True), *call) == expected
 
 
-def test_without_a_proxy_options_are_as_they_were() -> None:
-    assert answer(program(), SETSOCKOPT, 3, 1, 8) == ALLOW
+def test_without_a_network_buffers_cannot_be_made_large() -> None:
+    assert answer(program(), SETSOCKOPT, 3, 1, 7) == ERRNO
+    assert answer(program(), SETSOCKOPT, 3, 1, 8) == ERRNO
+    assert answer(program(), GETSOCKOPT, 3, 1, 8) == ALLOW
+    assert answer(program(network=True), SETSOCKOPT, 3, 1, 8) == ALLOW
     assert answer(program(network=True), SETSOCKOPT, 3, IP, 1) == ALLOW
+
+
+@pytest.mark.parametrize("option", [26, 50, 51, 52])
+@pytest.mark.parametrize("kind", [{}, {"network": True}, {"proxied": True}], ids=str)
+def test_no_program_is_attached_to_a_socket(option: int, kind: dict[str, bool]) -> None:
+    assert answer(program(**kind), SETSOCKOPT, 3, 1, option) == ERRNO | errno.EPERM
+    assert answer(program(**kind), SETSOCKOPT, 3, 1, 9) == ALLOW
