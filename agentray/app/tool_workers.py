@@ -20,7 +20,7 @@ from agentray.tools.listing import listing_tool
 from agentray.tools.mcp import McpServers
 from agentray.tools.mcp_launch import Launcher, ProcessLauncher
 from agentray.tools.runner import Runner
-from agentray.tools.sandbox.base import Slot
+from agentray.tools.sandbox.base import Slot, Tier
 from agentray.tools.sandbox.launch import JailLauncher
 from agentray.tools.sandbox.opening import open_slot
 from agentray.tools.spec import Toolbox, ToolSpec
@@ -62,7 +62,7 @@ class WorkerTools:
         )
         box.put([*local.specs, listing_tool(servers.known, servers.specs)])
         await servers.start()
-        slots_of = _Slots(settings.sandbox.allow_weaker != "none", settings.code.cpus, box)
+        slots_of = _Slots(settings.sandbox.weakest, settings.code.cpus, box)
         runners = [SpecRunner(box, slots_of.open, late=servers.run) for _ in range(slots)]
         # One is ready before the first call, the others soon after.
         place = Place(settings.sandbox.tier)
@@ -75,8 +75,8 @@ class WorkerTools:
 class _Slots:
     """Opens sandboxes as large as the tools need them."""
 
-    def __init__(self, weaker_allowed: bool, code_cpus: float, box: Toolbox) -> None:
-        self._weaker_allowed = weaker_allowed
+    def __init__(self, weakest: Tier | None, code_cpus: float, box: Toolbox) -> None:
+        self._weakest: Tier | None = weakest
         self._code_cpus = code_cpus
         self._box = box
         self._told = False
@@ -90,7 +90,7 @@ class _Slots:
             paths=_libraries() if place.operator else (),
             cpu_share=max(1.0, *(s.cpu for s in specs)) if place.operator else self._code_cpus,
             proxied=any(spec.network is not None for spec in specs),
-            weaker_tier_allowed=self._weaker_allowed,
+            weakest=self._weakest,
         )
         if slot.tier != place.tier and not self._told:
             self._told = True
@@ -182,9 +182,7 @@ async def sandbox_trouble(settings: SandboxSettings) -> str:
     """Return in a line why models' code is not contained on this machine as the settings say, or
     nothing."""
     try:
-        slot = await open_slot(
-            settings.tier, parked=False, weaker_tier_allowed=settings.allow_weaker != "none"
-        )
+        slot = await open_slot(settings.tier, parked=False, weakest=settings.weakest)
     except SandboxUnavailableError as error:
         return f"python and shell are refused: {error.message.splitlines()[0]}"
     await slot.close()

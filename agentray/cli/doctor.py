@@ -120,15 +120,22 @@ def _tier(probe: Probe, configured: Tier, allow_weaker: str) -> tuple[Tier | Non
     weaker: list[Tier] = [
         each for each in TIERS[TIERS.index(configured) + 1 :] if each in probe.held
     ]
-    if weaker and allow_weaker != "none":
-        return weaker[0], f"{why}; tools.sandbox.allow_weaker lets {weaker[0]} take its place"
+    lowest = _lowest(allow_weaker)
+    allowed: list[Tier] = [each for each in weaker if TIERS.index(each) <= lowest]
+    if allowed:
+        return allowed[0], f"{why}; tools.sandbox.allow_weaker lets {allowed[0]} take its place"
     optional = (
         f"; to run it in the weaker tier {weaker[0]} all the same, set "
-        "tools.sandbox.allow_weaker: process"
+        f"tools.sandbox.allow_weaker: {weaker[0]}"
         if weaker
         else ""
     )
     return None, f"code of models is refused: {why}{optional}"
+
+
+def _lowest(allow_weaker: str) -> int:
+    """Return the place of the weakest tier that is allowed, -1 for none."""
+    return next((n for n, tier in enumerate(TIERS) if tier == allow_weaker), -1)
 
 
 def _cgroup(probe: Probe) -> str:

@@ -25,11 +25,16 @@ class SandboxSettings(Section):
     tier: Literal["process", "jail", "gvisor"] = Field(
         default="jail", description="How strongly it is contained."
     )
-    allow_weaker: Literal["none", "process"] = Field(
+    allow_weaker: Literal["none", "jail", "process"] = Field(
         default="none",
-        description="Weaker tier to be taken where this one cannot be had; with none its calls are "
-        "refused there.",
+        description="The weakest tier to be taken where this one cannot be had; with none its "
+        "calls are refused there.",
     )
+
+    @property
+    def weakest(self) -> Literal["jail", "process"] | None:
+        """The weakest tier that may be taken, if a weaker one may."""
+        return None if self.allow_weaker == "none" else self.allow_weaker
 
 
 class CodeSettings(Section):
@@ -113,7 +118,8 @@ class GatewaySettings(Section):
 
     allow: tuple[str, ...] = Field(
         default=(),
-        description="Hosts that redirects may lead to, besides those of the tools: "
+        description="Hosts that redirects may lead to, besides those of the tools, and those of "
+        "`allow_private` that other hosts may redirect to: "
         "`api.example.com`, `*.example.com`, `http://host:8080`.",
     )
     allow_private: tuple[str, ...] = Field(
@@ -126,7 +132,9 @@ class GatewaySettings(Section):
     max_response_bytes: Count = Field(
         default=64 * 1024, description="Bytes of a response that the model is shown."
     )
-    max_request_bytes: Count = Field(default=_MIB, description="Largest body of a request.")
+    max_request_bytes: Count = Field(
+        default=_MIB, description="Largest request, with address and headers."
+    )
     call_bytes: Count = Field(
         default=4 * _MIB, description="Bytes of one call, both ways and all its requests."
     )
@@ -135,7 +143,9 @@ class GatewaySettings(Section):
         default=8 * _MIB, description="Bytes per second of a tenant, all workers together."
     )
     tenant_bytes_per_day: Count = Field(
-        default=2048 * _MIB, description="Bytes of a tenant in a day of UTC, all workers together."
+        default=2048 * _MIB,
+        description="Bytes of a tenant in a day of UTC, all workers together; a worker that "
+        "starts anew counts anew.",
     )
     requests_per_s: float = Field(
         default=10.0, gt=0, description="Requests per second of a tenant to one host."

@@ -60,7 +60,8 @@ _WHY = {
 
 
 class ToolPoolUnreachableError(ToolError):
-    """Scheduler or workers could not be reached in time; the call has not begun."""
+    """Scheduler or workers could not be reached in time; a call has not begun, as far as who asked
+    for it knows."""
 
     code = "tool_pool_unreachable"
     retryable = True
@@ -128,7 +129,8 @@ class ToolClient:
     async def fence(
         self, tenant: str, session_id: str, epoch: int, *, timeout_s: float = 10.0
     ) -> None:
-        """End what older epochs of a session have waiting or running; return when it has ended.
+        """End what older epochs of a session have waiting or running; return when it has ended,
+        or its worker was given up: one that is only cut off may still run it.
 
         Raises:
             ToolPoolUnreachableError: if it is not known to have ended in time.

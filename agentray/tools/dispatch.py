@@ -72,9 +72,9 @@ class Dispatch:
                 self._send(self.leases.places())
             if turn % _STATE_EVERY == 0:
                 state = self.leases.state()
-                for name, link in self._links.items():
-                    if name not in self._workers:
-                        link.send(state)
+                for link in self._links.values():
+                    # To workers too, as a sign of life.
+                    link.send(state)
 
     def opened(self, link: Link, hello: Hello) -> None:
         # Until it registers, it may be a host.

@@ -87,8 +87,7 @@ class HttpTemplate(msgspec.Struct, frozen=True):
         ]
         if pairs:
             url += ("&" if "?" in url else "?") + "&".join(pairs)
-        headers = [("Accept", "application/json, text/*;q=0.9, */*;q=0.5")]
-        headers += [
+        headers = [
             (name, _filled(template, given, secrets))
             for name, template in self.headers
             if not _is_absent(template, given)
@@ -98,10 +97,9 @@ class HttpTemplate(msgspec.Struct, frozen=True):
             headers.append(("Content-Type", "application/json"))
         if self.method in _KEYED:
             headers.append(("Idempotency-Key", key))
+        headers += [("Accept", _ACCEPT), ("User-Agent", _USER_AGENT)]
         # The operator's own come first, and win.
-        unique = {
-            name.lower(): (name, value) for name, value in reversed(headers[1:] + headers[:1])
-        }
+        unique = {name.lower(): (name, value) for name, value in reversed(headers)}
         return HttpRequest(self.method, url, tuple(reversed(unique.values())), body)
 
     def _path(self, given: Mapping[str, Any], secrets: Secrets) -> str:

@@ -3,7 +3,8 @@
 The brain of the scheduler: events go in, messages to be sent come out. A call is known by its
 key; while it waits, runs, or has a result that a worker keeps, whoever asks for it again is led
 there instead of having it run twice. A lease belongs to a session's epoch: a newer epoch fences
-what older ones have waiting or running. Pure; times are in seconds of one clock.
+what older ones have waiting or running. A worker that is given up counts as dead: one that is only
+cut off may run on what others run by then. Pure; times are in seconds of one clock.
 """
 
 from __future__ import annotations

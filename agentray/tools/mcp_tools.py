@@ -17,6 +17,8 @@ _MOST_NAME = 64
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 _HASH_CHARS = 8
 _MOST_DESCRIPTION = 4_096
+# Of all tools of a server: the model reads them at each turn, and pays for them.
+_MOST_BYTES = 256 * 1024
 _NAMES_BELOW = ("properties", "$defs", "definitions", "dependentSchemas")
 
 
@@ -73,8 +75,10 @@ def offers_of(
     most: int,
     schema_problem: Callable[[dict[str, Any]], str | None],
 ) -> Offers:
-    """Return what is offered of a server's tools: those that are asked for and can be used."""
+    """Return what is offered of a server's tools: those that are asked for and can be used, as
+    far as all together are not too large."""
     offers: dict[str, Offer] = {}
+    used_bytes = 0
     left_out: list[tuple[str, str]] = []
     for tool in tools:
         if only and tool.name not in only:
@@ -87,13 +91,19 @@ def offers_of(
             problem = f"the server has more than {most} tools"
         parameters = _tamed(tool.schema)
         problem = problem or _parameters_problem(parameters, schema_problem)
+        description = tool.description[:_MOST_DESCRIPTION].encode(errors="replace")
+        if problem is None:
+            size_bytes = len(name) + len(description) + len(msgspec.json.encode(parameters))
+            if used_bytes + size_bytes > _MOST_BYTES:
+                problem = f"the server's tools would be more than {_MOST_BYTES} bytes together"
+            else:
+                used_bytes += size_bytes
         if problem is not None:
             left_out.append((name, problem))
             continue
         safe = tool.read_only or tool.idempotent
-        description = tool.description[:_MOST_DESCRIPTION]
         on_crash: OnCrash = "retry" if safe else "report"
-        offers[name] = Offer(tool.name, name, description, parameters, on_crash)
+        offers[name] = Offer(tool.name, name, description.decode(), parameters, on_crash)
     return Offers(tuple(offers.values()), tuple(left_out))
 
 

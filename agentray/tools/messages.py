@@ -127,7 +127,7 @@ class Gone(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class State(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """How the pool is, every second."""
+    """How the pool is, every second: for hosts and workers a sign of life, too."""
 
     queued: int
     running: int

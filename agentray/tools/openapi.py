@@ -26,7 +26,7 @@ __all__ = ["openapi_tools", "read_document"]
 log = get_logger(__name__)
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
-_READING = ("get", "head")
+_READING = ("GET", "HEAD")
 _NOT_A_NAME = re.compile(r"[^A-Za-z0-9_-]")
 _NOT_A_PLACE = re.compile(r"[^A-Za-z0-9_]")
 # Nothing that a template would fill in.
@@ -97,13 +97,40 @@ def openapi_tools(
         ConfigError: the settings or the document cannot be used; the message names the key.
     """
     key = f"tools.openapi.{name}"
-    base = _base_url(settings, document, key)
-    wanted = set(settings.operations)
     tools: dict[str, tuple[ToolSpec, HttpTemplate]] = {}
+    for identity, description, template, parameters in _wanted(name, settings, document):
+        check_template(template, secrets, key=f"{key}: {identity}")
+        known = f"{name}__{_NOT_A_NAME.sub('_', identity)}"[:_MOST_NAME_CHARS]
+        if known in tools:
+            raise ConfigError(f"{key}: two operations would be the tool {known}")
+        spec = spec_of_template(
+            known,
+            description,
+            parameters,
+            template,
+            secrets,
+            sender,
+            timeout_s=settings.timeout_s,
+            cache_s=settings.cache_s if template.method in _READING else 0.0,
+            version=str(_section(document, "info").get("version", "1")),
+        )
+        tools[known] = spec, template
+    if not tools:
+        raise ConfigError(f"{key}: the document has no operation that can be a tool")
+    return list(tools.values())
+
+
+def _wanted(
+    name: str, settings: OpenApiSettings, document: dict[str, Any]
+) -> Iterator[tuple[str, str, HttpTemplate, dict[str, Any]]]:
+    """Yield what is to be a tool: identity, description, how it is sent, schema of arguments."""
+    key = f"tools.openapi.{name}"
+    base = _base_url(settings, document, key)
+    missing = set(settings.operations)
     for identity, method, path, item in _operations(document):
-        if wanted and identity not in wanted:
+        if settings.operations and identity not in settings.operations:
             continue
-        wanted.discard(identity)
+        missing.discard(identity)
         try:
             template, parameters = _Operation(document, settings, base, method, path, item).made()
         except Unsupported as error:
@@ -113,28 +140,10 @@ def openapi_tools(
                 "openapi_operation_left_out", source=name, operation=identity, why=str(error)
             )
             continue
-        check_template(template, secrets, key=f"{key}: {identity}")
-        known = f"{name}__{_NOT_A_NAME.sub('_', identity)}"[:_MOST_NAME_CHARS]
-        if known in tools:
-            raise ConfigError(f"{key}: two operations would be the tool {known}")
-        spec = spec_of_template(
-            known,
-            _description(item, method, path),
-            parameters,
-            template,
-            secrets,
-            sender,
-            timeout_s=settings.timeout_s,
-            cache_s=settings.cache_s if method in _READING else 0.0,
-            version=str(_section(document, "info").get("version", "1")),
-        )
-        tools[known] = spec, template
-    if wanted:
-        missing = ", ".join(sorted(wanted))
-        raise ConfigError(f"{key}.operations: the document has no {missing}")
-    if not tools:
-        raise ConfigError(f"{key}: the document has no operation that can be a tool")
-    return list(tools.values())
+        yield identity, _description(item, method, path), template, parameters
+    if missing:
+        named = ", ".join(sorted(missing))
+        raise ConfigError(f"{key}.operations: the document has no {named}")
 
 
 def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:

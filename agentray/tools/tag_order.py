@@ -90,13 +90,14 @@ class TagOrder(Generic[E]):
 
     def owes(self, one: E) -> bool:
         """Whether one that comes now has to wait for what it has used."""
-        return one.tag > self._begins()
+        return one.tag > self.begins()
 
     def tag(self, one: E) -> float:
         """Return the virtual time at which one's next call begins, as far as is known."""
-        return max(one.tag, self._begins()) if one.is_new else one.tag
+        return max(one.tag, self.begins()) if one.is_new else one.tag
 
-    def _begins(self) -> float:
+    def begins(self) -> float:
+        """Return the tag of one that comes now and owes nothing."""
         # Who was given something back is behind: who comes does not wait until it has caught up.
         least = self._least()
         return self._now if least is None else min(self._now, least.tag)

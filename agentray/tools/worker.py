@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 from typing import Any, cast
@@ -19,7 +20,15 @@ from agentray.tools.location import Location
 from agentray.tools.runner import OpenRunners
 from agentray.tools.workplace import Workplace
 
-__all__ = ["NAMESPACE", "SCHEDULER", "WORKER_PREFIX", "ToolWorker", "find_scheduler", "node_host"]
+__all__ = [
+    "NAMESPACE",
+    "SCHEDULER",
+    "WORKER_PREFIX",
+    "ToolWorker",
+    "find_scheduler",
+    "node_host",
+    "replace_scheduler",
+]
 
 log = get_logger(__name__)
 
@@ -46,6 +55,23 @@ async def find_scheduler() -> Location:
             return await actor.location.remote()
     except (RayError, ValueError, TimeoutError) as error:
         raise NotReadyError(f"the tool scheduler does not answer: {error}") from error
+
+
+async def replace_scheduler() -> None:
+    """Have the scheduler started anew, if its process hangs: Ray sees only those that end."""
+    try:
+        await find_scheduler()
+    except NotReadyError as error:
+        if not isinstance(error.__cause__, TimeoutError):
+            return
+        log.warning("tool_scheduler_hangs")
+        with contextlib.suppress(RayError, ValueError):
+            await asyncio.to_thread(_restart_scheduler)
+
+
+def _restart_scheduler() -> None:
+    untyped = cast(Any, ray)
+    untyped.kill(untyped.get_actor(SCHEDULER, namespace=NAMESPACE), no_restart=False)
 
 
 def node_host(alone: bool) -> str:
@@ -78,6 +104,7 @@ class ToolWorker:
         self._workplace = Workplace(
             *(self._name, self._host, secrets.token_urlsafe(32)),
             *(runners, find_scheduler, SystemClock()),
+            replace=replace_scheduler,
         )
         await self._workplace.start()
         await self._workplace.run()

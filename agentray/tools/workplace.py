@@ -29,6 +29,7 @@ from agentray.tools.messages import (
     Revoke,
     Revoked,
     Run,
+    State,
     Unknown,
     Welcome,
 )
@@ -42,6 +43,8 @@ __all__ = ["Workplace"]
 log = get_logger(__name__)
 
 BEAT_S = 1.0
+# The scheduler says how the pool is every second. Hosts look for it sooner than it is replaced.
+_SILENT_S = 15.0
 # A runner ends its call at the timeout by itself; this is for one that does not.
 _OVERTIME_S = 10.0
 _CONNECT_S = 5.0
@@ -67,12 +70,19 @@ class _Job:
         self.killed = False
         self.task: asyncio.Task[tuple[ToolResult, float]] | None = None
 
+    def kill(self) -> None:
+        """End it, unless that has begun: a second time would break off how it ends."""
+        if not self.killed and self.task is not None:
+            self.killed = True
+            self.task.cancel()
+
 
 class Workplace:
     """A worker without its process: ``start``, then ``run`` until cancelled, then ``close``.
 
     ``host`` is the address to listen at. Calls that run go on while the scheduler is away, and
-    their results are kept.
+    their results are kept. ``replace`` is called when the scheduler has said nothing for long,
+    though it is connected: it may hang, and has to be started anew then.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class Workplace:
         clock: Clock,
         *,
         new_id: Callable[[], str] = new_owner_id,
+        replace: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._name = name
         self._host = host
@@ -93,6 +104,8 @@ class Workplace:
         self._locate = locate
         self._clock = clock
         self._new_id = new_id
+        self._replace = replace
+        self._silent = False
         self._id = new_id()
         self._idle = deque(runners)
         self._slot_free = asyncio.Semaphore(len(runners))
@@ -154,6 +167,9 @@ class Workplace:
                 self._first_lease = message.first_lease
             case Gone():
                 self._begin_anew()
+            case State():
+                # It lives.
+                pass
             case _:
                 log.warning("tool_message_unexpected", kind=type(message).__name__)
 
@@ -193,9 +209,8 @@ class Workplace:
 
     def _kill(self, kill: Kill) -> None:
         job = self._jobs.get(kill.key)
-        if job is not None and job.epoch <= kill.epoch and job.task is not None:
-            job.killed = True
-            job.task.cancel()
+        if job is not None and job.epoch <= kill.epoch:
+            job.kill()
 
     def _revoke(self, lease: int) -> None:
         if any(job.lease == lease for job in self._jobs.values()):
@@ -213,9 +228,7 @@ class Workplace:
         """The scheduler took us for dead, and our calls run elsewhere or are given up."""
         log.warning("tool_worker_was_given_up", worker=self._id)
         for job in self._jobs.values():
-            job.killed = True
-            if job.task is not None:
-                job.task.cancel()
+            job.kill()
         self._results.clear()
         for link in list(self._links):
             # Who waits for them asks the scheduler; the calls' ends here count no more.
@@ -277,6 +290,8 @@ class Workplace:
                 await self._register()
                 pause_s = _PAUSE_S
                 await self._cut.wait()
+                if self._silent and self._replace is not None:
+                    await self._replace()
             except (OSError, AgentRayError) as error:
                 log.warning("tool_scheduler_unreachable", error=str(error))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -285,6 +300,7 @@ class Workplace:
     async def _register(self) -> None:
         where = await self._locate()
         self._cut.clear()
+        self._silent = False
         link = await connect(
             *(self, where.host, where.port),
             token=where.token,
@@ -307,7 +323,13 @@ class Workplace:
                 *(len(self._runners), held, list(self._results)),
             )
         )
+        link.expect(_SILENT_S, lambda: self._hangs(link))
         self._scheduler = link
+
+    def _hangs(self, scheduler: Link) -> None:
+        log.warning("tool_scheduler_silent")
+        self._silent = True
+        scheduler.abort()
 
 
 async def _result(runner: Runner, ask: Ask) -> ToolResult:

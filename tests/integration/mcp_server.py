@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def reach(port: int) -> str:
 def user() -> int:
     """Says who runs it."""
     return os.getuid()
+
+
+@server.tool()
+def leave(mark: str) -> str:
+    """Starts a program that is to outlive it, in a session of its own."""
+    program = [sys.executable, "-c", "import time; time.sleep(600)", mark]
+    subprocess.Popen(program, start_new_session=True)
+    return "left"
 
 
 @server.tool()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ class Servers:
 
     def __init__(self, settings: dict[str, Any], lookup: Lookup = look_up) -> None:
         self.launcher = Plain()
+        self.mark = "of nothing that runs here"
         self.heard: list[tuple[list[str], tuple[str, ...]]] = []
         self.all = McpServers(
             {"it": McpSettings.model_validate(settings)},
@@ -85,8 +88,10 @@ async def start() -> AsyncIterator[Start]:
     made: list[Servers] = []
 
     def make(script: str, *args: str, **settings: Any) -> Servers:
-        command = {"command": sys.executable, "args": (str(HERE / script), *args)}
+        mark = f"mark-{uuid.uuid4().hex}"
+        command = {"command": sys.executable, "args": (str(HERE / script), *args, mark)}
         servers = Servers({"sandbox": "process", **command, **settings})
+        servers.mark = mark
         made.append(servers)
         return servers
 
@@ -94,10 +99,20 @@ async def start() -> AsyncIterator[Start]:
     for servers in made:
         await servers.all.close()
         assert not any(map(runs, servers.launcher.pids)), "a server outlived its session"
+        assert not marked(servers.mark), "a jailed server outlived its session"
 
 
 def runs(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
+
+
+def marked(mark: str) -> int:
+    """How many processes of this machine have been given this, in whatever jail they are."""
+    found = 0
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += mark.encode() in each.read_bytes()
+    return found
 
 
 def real(start: Start, **settings: Any) -> Servers:
@@ -254,6 +269,36 @@ async def test_a_jailed_server_sees_its_paths_alone_and_is_started_again(
     assert await servers.call("user") != "0"
     assert (await servers.error("die")).fields["reason"] == "upstream"
     assert await servers.call("add", a=2, b=2) == "4"
+
+
+async def test_a_jailed_server_ends_with_all_that_it_has_started(start: Start) -> None:
+    servers = jailed(start)
+    assert await servers.call("leave", mark=servers.mark) == "left"
+
+    async def both() -> bool:
+        return marked(servers.mark) >= 2
+
+    await until(both, "the server and what it has left run")
+    call = asyncio.ensure_future(servers.error("slow", path="/tmp/slow"))
+
+    async def amid() -> bool:
+        return await servers.call("look", path="/tmp/slow.begun") == "there"
+
+    await until(amid, "a call has begun")
+    await servers.all.close()
+    assert marked(servers.mark) == 0
+    assert (await call).fields["reason"] in ("upstream", "refused")
+
+
+async def test_a_jailed_server_that_dies_leaves_nothing(start: Start) -> None:
+    servers = jailed(start)
+    await servers.call("leave", mark=servers.mark)
+    assert (await servers.error("die")).fields["reason"] == "upstream"
+
+    async def none() -> bool:
+        return marked(servers.mark) == 0
+
+    await until(none, "what the server has left is ended")
 
 
 async def test_a_jailed_server_reaches_the_network_only_where_that_is_said(start: Start) -> None:

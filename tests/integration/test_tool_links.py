@@ -7,11 +7,15 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from agentray.clock import SystemClock
 from agentray.errors import NotReadyError
+from agentray.telemetry.metrics import Metrics
+from agentray.tools import asked_call, wire, workplace
+from agentray.tools import client as client_module
 from agentray.tools import roster as roster_module
 from agentray.tools.client import ToolClient, ToolPoolUnreachableError
 from agentray.tools.cost import Estimates, SlotShare
@@ -39,6 +43,7 @@ class Notes:
         self.begun: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.killed: Counter[str] = Counter()
+        self.outputs: dict[str, Any] = {}
         self.may_end = asyncio.Event()
         self.may_die = asyncio.Event()
         self.may_die.set()
@@ -59,7 +64,7 @@ class HeldRunner:
             self._notes.killed[call.call_key] += 1
             raise
         self._notes.ended[call.call_key] += 1
-        return ToolResult("ok", call.call_key)
+        return ToolResult("ok", self._notes.outputs.get(call.call_key, call.call_key))
 
     async def close(self) -> None:
         pass
@@ -89,9 +94,11 @@ class Stage:
         self.places: list[Workplace] = []
         self.clients: list[ToolClient] = []
 
-    async def worker(self, name: str, kind: type[Workplace] = Workplace) -> tuple[Workplace, Gate]:
+    async def worker(
+        self, name: str, kind: type[Workplace] = Workplace, **how: Any
+    ) -> tuple[Workplace, Gate]:
         gate = Gate(self.dispatch)
-        place = kind(name, HOST, "own", [HeldRunner(self.notes)], gate, CLOCK)
+        place = kind(name, HOST, "own", [HeldRunner(self.notes)], gate, CLOCK, **how)
         await place.start()
         self.running.append(self._tasks.create_task(place.run()))
         self.places.append(place)
@@ -99,8 +106,8 @@ class Stage:
         await until(lambda: self.dispatch.leases.state().workers == count)
         return place, gate
 
-    def client(self, owner: str = "host") -> ToolClient:
-        client = ToolClient(owner, Gate(self.dispatch), clock=CLOCK)
+    def client(self, owner: str = "host", **how: Any) -> ToolClient:
+        client = ToolClient(owner, Gate(self.dispatch), clock=CLOCK, **how)
         self.clients.append(client)
         return client
 
@@ -247,6 +254,238 @@ async def test_nothing_begins_with_a_lease_of_a_scheduler_that_is_gone(stage: St
     link.close()
 
 
+async def test_a_call_that_waited_longer_than_patience_gets_over_a_lost_scheduler(
+    stage: Stage,
+) -> None:
+    await stage.worker("w")
+    client = stage.client(patience_s=0.3)
+    first = asyncio.create_task(client.call(ask("first")))
+    await until(lambda: stage.notes.begun["first"] == 1)
+    waits = asyncio.create_task(client.call(ask("waits", deadline=time.time() + 60)))
+    endless = asyncio.create_task(client.call(ask("endless")))
+    await until(lambda: stage.dispatch.leases.state().queued == 2)
+    waited = time.monotonic()
+    await until(lambda: time.monotonic() - waited > 0.4)
+    assert client._scheduler is not None
+    client._scheduler.abort()
+    await until(lambda: client._scheduler is None)
+    await until(lambda: stage.dispatch.leases.state().queued == 2)
+    stage.notes.may_end.set()
+    results = await asyncio.gather(first, waits, endless)
+    assert [result.status for result in results] == ["ok"] * 3
+
+
+class Forgetful(Workplace):
+    """Does not know a call when it is asked to run it for the first time."""
+
+    def received(self, link: Link, message: object) -> None:
+        if isinstance(message, Run) and message.ask.call_key == "waits" and not self._void_once:
+            self._void_once = True
+            link.send(Unknown(message.ask.key))
+            self._unused(message.lease)
+        else:
+            super().received(link, message)
+
+    _void_once = False
+
+
+async def test_a_call_that_waited_longer_than_patience_is_asked_for_again(stage: Stage) -> None:
+    await stage.worker("w", Forgetful)
+    client = stage.client(patience_s=0.3)
+    first = asyncio.create_task(client.call(ask("first")))
+    await until(lambda: stage.notes.begun["first"] == 1)
+    waits = asyncio.create_task(client.call(ask("waits")))
+    await until(lambda: stage.dispatch.leases.state().queued == 1)
+    waited = time.monotonic()
+    await until(lambda: time.monotonic() - waited > 0.4)
+    stage.notes.may_end.set()
+    assert [each.status for each in await asyncio.gather(first, waits)] == ["ok", "ok"]
+
+
+async def test_a_call_that_runs_at_its_deadline_gets_over_a_lost_connection(stage: Stage) -> None:
+    await stage.worker("w")
+    client = stage.client()
+    deadline = time.time() + 0.3
+    call = asyncio.create_task(client.call(ask("a", on_crash="retry", deadline=deadline)))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    await until(lambda: time.time() > deadline)
+    (link,) = client._doors.links()
+    link.abort()
+    await until(lambda: link not in client._doors.links())
+    await until(lambda: bool(list(client._doors.links())))
+    stage.notes.may_end.set()
+    assert (await call).status == "ok"
+    assert stage.notes.begun == {"a": 1}
+
+
+async def test_a_call_that_began_is_never_said_to_have_not() -> None:
+    async with staged() as stage:
+        await stage.worker("w")
+        gate = Gate(stage.dispatch)
+        client = ToolClient("host", gate, clock=CLOCK, patience_s=0.2)
+        stage.clients.append(client)
+        call = asyncio.create_task(client.call(ask("a")))
+        await until(lambda: stage.notes.begun["a"] == 1)
+        gate.open = False
+        for link in [client._scheduler, *client._doors.links()]:
+            assert link is not None
+            link.abort()
+        result = await asyncio.wait_for(call, 5)
+        assert (result.status, result.reason) == ("error", "died")
+        assert "unknown" in result.output
+        with pytest.raises(ToolPoolUnreachableError):
+            await client.call(ask("b"))
+
+
+async def test_a_scheduler_that_hangs_is_given_up_by_its_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "_SILENT_S", 0.2)
+    ears = Ears()
+    server, port = await listen(ears, HOST, "secret")
+
+    async def locate() -> Location:
+        return Location(HOST, port, "secret")
+
+    async with server:
+        client = ToolClient("host", locate, clock=CLOCK, patience_s=0.5)
+        with pytest.raises(ToolPoolUnreachableError):
+            await asyncio.wait_for(client.call(ask("a")), 10)
+        result = await asyncio.wait_for(client.call(ask("b", deadline=time.time() + 0.3)), 10)
+        assert result.reason == "expired"
+        await client.close()
+
+
+async def test_a_scheduler_that_hangs_is_replaced_by_its_workers(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workplace, "_SILENT_S", 2.5)
+    asked = asyncio.Event()
+
+    async def replace() -> None:
+        asked.set()
+
+    await stage.worker("w", replace=replace)
+    states = stage.dispatch.leases.state
+    began = time.monotonic()
+    # While it says how the pool is, it lives.
+    await until(lambda: time.monotonic() - began > 3.5)
+    assert not asked.is_set()
+    stage.running[0].cancel()
+    await asyncio.wait_for(asked.wait(), 10)
+    await until(lambda: states().workers == 1)
+
+
+async def test_output_that_cannot_be_encoded_costs_no_slot(stage: Stage) -> None:
+    await stage.worker("w")
+    stage.notes.may_end.set()
+    stage.notes.outputs = {"odd": "half \ud800 a pair", "none": None}
+    client = stage.client()
+    assert (await asyncio.wait_for(client.call(ask("odd")), 5)).output == "half ? a pair"
+    assert (await asyncio.wait_for(client.call(ask("none")), 5)).reason == "failed"
+    assert (await asyncio.wait_for(client.call(ask("next")), 5)).status == "ok"
+
+
+async def test_a_fence_waits_for_killed_calls_whose_worker_was_cut_off(stage: Stage) -> None:
+    place, _ = await stage.worker("w")
+    stage.notes.may_die.clear()
+    old, new = stage.client("old"), stage.client("new")
+    call = asyncio.create_task(old.call(ask("a")))
+    await until(lambda: stage.notes.begun["a"] == 1)
+    leases = stage.dispatch.leases
+    await until(lambda: any(entry.confirmed for entry in leases._leases.values()))
+    fence = asyncio.create_task(new.fence("acme", "s", 2))
+    await until(lambda: all(job.killed for job in place._jobs.values()))
+    assert place._scheduler is not None
+    place._scheduler.abort()
+    await until(lambda: leases.state().workers == 0)
+    await until(lambda: leases.state().workers == 1)
+    assert leases.state().running == 1
+    assert not fence.done()
+    stage.notes.may_die.set()
+    await asyncio.wait_for(fence, 5)
+    assert stage.notes.killed == {"a": 1}
+    await asyncio.gather(call)
+
+
+async def test_a_worker_whose_connection_broke_is_probed_without_a_stumble(stage: Stage) -> None:
+    stumbles: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: stumbles.append(what))
+    place, gate = await stage.worker("w")
+    gate.open = False
+    assert place._scheduler is not None
+    place._scheduler.abort()
+    await until(lambda: bool(stage.dispatch._probes))
+    began = time.monotonic()
+    await until(lambda: time.monotonic() - began > 0.5)
+    gate.open = True
+    await until(lambda: stage.dispatch.leases.state().workers == 1)
+    assert stumbles == []
+
+
+async def test_who_waits_is_told_when_it_waits_no_longer_and_every_end_is_counted(
+    stage: Stage,
+) -> None:
+    await stage.worker("w")
+    metrics = Metrics()
+    client = stage.client(metrics=metrics)
+    told: list[object] = []
+    first = asyncio.create_task(client.call(ask("first")))
+    await until(lambda: stage.notes.begun["first"] == 1)
+    waits = asyncio.create_task(
+        client.call(
+            ask("waits"),
+            on_queued=lambda position, _: told.append(position),
+            on_granted=lambda: told.append("granted"),
+        )
+    )
+    await until(lambda: told == [1])
+    left = asyncio.create_task(client.call(ask("left")))
+    await until(lambda: stage.dispatch.leases.state().queued == 2)
+    await until(lambda: count(metrics, "agentray_tool_workers") == 1)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    stage.notes.may_end.set()
+    await asyncio.gather(first, waits)
+    assert told[-1] == "granted"
+    assert told.count("granted") == 1
+    assert client._scheduler is not None
+    client._scheduler.abort()
+    await until(lambda: client._scheduler is None)
+    assert count(metrics, "agentray_tool_workers") == 0
+    lost = ToolClient("host", shut, clock=CLOCK, patience_s=0.1, metrics=metrics)
+    with pytest.raises(ToolPoolUnreachableError):
+        await lost.call(ask("lost"))
+    ends = {
+        outcome: count(
+            metrics, "agentray_tool_calls_total", tenant="acme", tool="wait", outcome=outcome
+        )
+        for outcome in ("ok", "cancelled", "unreachable")
+    }
+    assert ends == {"ok": 2, "cancelled": 1, "unreachable": 1}
+
+
+def count(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+async def test_who_is_not_told_anew_where_it_waits_is_told_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked_call, "_TOLD_EVERY_S", 0.5)
+    monkeypatch.setattr(stage.dispatch.leases, "places", list)
+    await stage.worker("w")
+    client = stage.client()
+    told: list[int] = []
+    calls = [
+        asyncio.create_task(client.call(ask(f"a{n}"), on_queued=lambda at, _: told.append(at)))
+        for n in range(2)
+    ]
+    await until(lambda: told == [1, 1])
+    stage.notes.may_end.set()
+    await asyncio.gather(*calls)
+
+
 async def shut() -> Location:
     raise NotReadyError("nowhere")
 
@@ -321,3 +560,42 @@ async def test_who_shows_the_token_is_heard_in_order() -> None:
         link.close()
         await asyncio.wait_for(ears.is_closed.wait(), 5)
     assert ears.heard == [Hello("secret", "me"), *runs]
+
+
+async def test_who_is_sent_more_than_it_can_take_at_once_gets_all_of_it() -> None:
+    ears = Ears()
+    server, port = await listen(ears, HOST, "secret")
+    async with server:
+        link = await connect(Ears(), HOST, port, token="secret", name="me", timeout_s=5)
+        files = bytes(20 * 1024 * 1024)
+        runs = [Run(number, ask(f"k{number}", scratch=files)) for number in range(16)]
+        for run in runs:
+            link.send(run)
+        assert link._transport is not None
+        assert link._transport.get_write_buffer_size() < 2 * len(files)
+        await until(lambda: len(ears.heard) == 1 + len(runs), 30)
+        link.close()
+        await asyncio.wait_for(ears.is_closed.wait(), 5)
+    assert [run.lease for run in ears.heard[1:] if isinstance(run, Run)] == list(range(16))
+
+
+async def test_who_takes_nothing_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_STALLED_S", 0.3)
+    deaf = asyncio.Event()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await deaf.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hear, HOST, 0)
+    async with server:
+        ears = Ears()
+        port = server.sockets[0].getsockname()[1]
+        link = await connect(ears, HOST, port, token="secret", name="me", timeout_s=5)
+        link.send(Run(1, ask("small")))
+        began = time.monotonic()
+        await until(lambda: time.monotonic() - began > 0.5)
+        assert not ears.is_closed.is_set()
+        link.send(Run(2, ask("large", scratch=bytes(30 * 1024 * 1024))))
+        await asyncio.wait_for(ears.is_closed.wait(), 5)
+        deaf.set()

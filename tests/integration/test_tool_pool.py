@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -16,9 +17,15 @@ import pytest
 
 from agentray.clock import SystemClock
 from agentray.config.settings import Settings
+from agentray.tools import worker as worker_module
 from agentray.tools.client import ToolClient
 from agentray.tools.spec import ToolResult
-from agentray.tools.worker import SCHEDULER, WORKER_PREFIX, find_scheduler
+from agentray.tools.worker import (
+    SCHEDULER,
+    WORKER_PREFIX,
+    find_scheduler,
+    replace_scheduler,
+)
 from tests.tool_pool import Pool, ask, running_pool
 
 WORKERS, SLOTS = 2, 4
@@ -185,6 +192,28 @@ async def test_a_scheduler_that_is_killed_loses_no_call_and_has_none_run_twice(
     assert [result.status for result in results] == ["ok"] * len(calls)
     assert notes.keys("begun") == notes.keys("ended") == {f"k{n}": 1 for n in range(len(calls))}
     assert pool.pid(SCHEDULER) != before
+
+
+async def test_a_scheduler_that_hangs_is_replaced_and_one_that_answers_is_not(
+    pool: Pool, client: ToolClient, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_FIND_S", 2.0)
+    before = pool.pid(SCHEDULER)
+    await replace_scheduler()
+    assert pool.pid(SCHEDULER) == before
+    running = asyncio.create_task(client.call(ask("hung", wait_s=3.0, file=notes.file)))
+    await until(lambda: notes.keys("begun") == {"hung": 1})
+    os.kill(before, signal.SIGSTOP)
+    try:
+        asked = asyncio.create_task(client.call(ask("asked", file=notes.file)))
+        await replace_scheduler()
+        results = await asyncio.wait_for(asyncio.gather(running, asked), 60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(before, signal.SIGCONT)
+    assert [result.status for result in results] == ["ok", "ok"]
+    assert pool.pid(SCHEDULER) != before
+    assert notes.keys("begun") == {"hung": 1, "asked": 1}
 
 
 async def test_kills_during_500_calls_lose_none_and_have_no_settled_one_run_twice(

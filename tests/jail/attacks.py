@@ -22,9 +22,15 @@ LIST: dict[str, tuple[str, ...]] = {
     "memory bomb: many small": ("memory bomb of many small blocks",),
     "memory bomb: mmap": (
         "memory bomb of shared mappings",
+        "memory bomb of shared mappings that no process has in its memory",
+        "memory bomb of a device, mapped",
         "memory bomb of several processes",
         "memory bomb of a process that hides",
         "memory bomb in detached System V segments",
+    ),
+    "memory bomb: buffers": (
+        "memory bomb in the buffers of sockets",
+        "memory bomb in pipes made large",
     ),
     "memory bomb: tmpfs": (
         "memory bomb in every place that can be written",
@@ -152,7 +158,7 @@ LIST: dict[str, tuple[str, ...]] = {
         "a new user namespace by clone",
         "a new user namespace by clone3",
     ),
-    "bpf": ("bpf",),
+    "bpf": ("bpf", "a program of the kernel's attached to a socket"),
     "io_uring": ("io_uring",),
     "keyctl": ("keyctl", "add_key", "request_key"),
     "userfaultfd": ("userfaultfd",),

@@ -21,6 +21,33 @@ SMALL = limits(memory_bytes=96 * MIB)
 
 # What is in no process and in no file system only a cgroup counts: without, there is one layer.
 _UNSEEN = frozenset({"memory", "seccomp"} if COUNTED else {"seccomp"})
+# There, what is shared and in no file is refused besides: the watchdog sees only what is in a
+# process's memory at the moment.
+_SHARED = frozenset({"memory"} if COUNTED else {"memory", "seccomp"})
+
+# Piece by piece, no process has much of it; and a process by itself is held by its address space.
+_LET_GO = """
+import mmap
+ready_r, ready_w = os.pipe()
+children = []
+for _ in range(6):
+    child = os.fork()
+    if child == 0:
+        at = -1
+        try:
+            block = {mapping}
+            for at in range(0, 40 << 20, 1 << 20):
+                block[at : at + (1 << 20)] = b"x" * (1 << 20)
+                block.madvise(mmap.MADV_DONTNEED, at, 1 << 20)
+            os.write(ready_w, b"x")
+            time.sleep(1.0)
+        finally:
+            os._exit(0 if at == 39 << 20 else 1)
+    children.append(child)
+ends = [os.waitpid(child, 0)[1] for child in children]
+if any(ends):
+    raise Refused(repr(ends))
+"""
 
 
 def _within_memory(outcome: Outcome) -> None:
@@ -137,7 +164,57 @@ MEMORY = (
         limits=SMALL,
         ends=("ok", "memory"),
         check=_within_memory,
-        off=frozenset({"memory"}),
+        off=_SHARED,
+    ),
+    Attack(
+        name="memory bomb of shared mappings that no process has in its memory",
+        body=_LET_GO.format(mapping="mmap.mmap(-1, 40 << 20)"),
+        limits=SMALL,
+        ends=("ok", "memory"),
+        check=_within_memory,
+        off=frozenset({"memory"} if COUNTED else {"seccomp"}),
+    ),
+    Attack(
+        name="memory bomb of a device, mapped",
+        body=_LET_GO.format(mapping="mmap.mmap(os.open('/dev/zero', os.O_RDWR), 40 << 20)"),
+        limits=SMALL,
+        ends=("ok", "memory"),
+        check=_within_memory,
+        # The device itself is not there where no cgroup counts.
+        off=frozenset({"memory"} if COUNTED else {"root"}),
+    ),
+    Attack(
+        name="memory bomb in the buffers of sockets",
+        body="""
+        pairs, sent = [], 0
+        for _ in range(20):
+            pairs.append(socket.socketpair())
+            for each in pairs[-1]:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+                each.setblocking(False)
+                try:
+                    while True:
+                        sent += each.send(b"x" * 65536)
+                except BlockingIOError:
+                    pass
+            if sent > 10 << 20:
+                return
+        raise Refused("%d bytes" % sent)
+        """,
+        off=frozenset({"seccomp"}),
+    ),
+    Attack(
+        name="memory bomb in pipes made large",
+        body="""
+        import fcntl
+        held = []
+        for _ in range(10):
+            held.append(os.pipe())
+            fcntl.fcntl(held[-1][1], 1031, 1 << 20)
+            if os.write(held[-1][1], b"x" * (1 << 20)) != 1 << 20:
+                raise Refused("a short write")
+        """,
+        off=frozenset({"seccomp"}),
     ),
     Attack(
         name="memory bomb of several processes",

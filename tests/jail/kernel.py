@@ -96,6 +96,20 @@ SOCKETS = (
     ),
 )
 
+ATTACHED = (
+    Attack(
+        name="a program of the kernel's attached to a socket",
+        body="""
+        # One that takes all: BPF_RET.
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0xFFFF))
+        program = struct.pack("HxxxxxxQ", 1, ctypes.addressof(code))
+        one, _ = socket.socketpair()
+        one.setsockopt(socket.SOL_SOCKET, 26, program)
+        """,
+        off=none("seccomp"),
+    ),
+)
+
 NAMESPACES = (
     Attack(
         name="a mount",
@@ -419,4 +433,4 @@ CLOCKS = (
     raw("a change of the domain's name", 171, BAD, 4),
 )
 
-KERNEL = (*SOCKETS, *NAMESPACES, *PRIVILEGES, *CALLS, *CLOCKS)
+KERNEL = (*SOCKETS, *ATTACHED, *NAMESPACES, *PRIVILEGES, *CALLS, *CLOCKS)

@@ -414,7 +414,7 @@ async def test_without_runsc_it_is_refused_with_that_reason(
     with pytest.raises(SandboxUnavailableError, match="no runsc was found on PATH") as caught:
         await open_slot("gvisor")
     assert caught.value.fields["weaker"] == ["jail", "process"]
-    slot = await open_slot("gvisor", weaker_tier_allowed=True)
+    slot = await open_slot("gvisor", weakest="jail")
     await slot.close()
     assert slot.tier == "jail"
 

@@ -16,8 +16,13 @@ Quota = Literal["memory", "pids", "cpu", "cpuacct"]
 _V1: tuple[Quota, ...] = ("memory", "pids", "cpu", "cpuacct")
 _V2_WITHOUT_CPU: tuple[Quota, ...] = ("memory", "pids", "cpuacct")
 _PERIOD_US = 100_000
+_UNLIMITED_BYTES = 1 << 60
 # With the pid of who made it.
 _PREFIX = "agentray-"
+_NEEDED = frozenset({"memory", "pids"})
+# Where the processes are that were in a cgroup which is divided now.
+_REST = f"{_PREFIX}rest"
+_MOST_MOVES = 20
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -64,30 +69,98 @@ def _can_make(folder: Path) -> bool:
     return True
 
 
+def _folder(mount: str, path: str) -> Path:
+    return Path(mount + path) if path != "/" else Path(mount)
+
+
 def _upward(mount: str, path: str) -> list[Path]:
     """Return the own cgroup and those above it, up to the mount point."""
-    here = Path(mount + path) if path != "/" else Path(mount)
+    here = _folder(mount, path)
     return [each for each in (here, *here.parents) if each.is_relative_to(mount)]
+
+
+def _handed_over(folder: Path, mount: str) -> bool:
+    """Return whether a cgroup of version 2 and all below it are its processes' own to arrange."""
+    if folder.name.startswith("user@"):
+        # It is the user's manager's, which arranges those of its units.
+        return False
+    if str(folder) == mount:
+        # A container's, with a namespace of its own; the machine's has no type.
+        return (folder / "cgroup.type").exists()
+    for mark in ("user.delegate", "trusted.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(folder, mark) == b"1":
+                return True
+    # Older managers mark it so that only root can see; what they do for a unit's user all can.
+    within_a_manager = any(each.name.startswith("user@") for each in folder.parents)
+    uid = os.geteuid()
+    with contextlib.suppress(OSError):
+        return uid != 0 and not within_a_manager and folder.stat().st_uid == uid
+    return False
+
+
+def _find_v2(mount: str, path: str) -> Found | None:
+    """Look for a cgroup of version 2 that has controllers for its children, or can get them.
+
+    No further up than what was handed over to this process's unit: above are others, and to be in
+    there would be to leave the unit's own limits.
+    """
+    own = _folder(mount, path)
+    above = [own.parent] if own.name == _REST else []
+    for number, folder in enumerate(_upward(mount, path)):
+        if _handed_over(folder, mount):
+            above = _upward(mount, path)[1 : number + 1]
+            break
+    for folder in (own, *above):
+        with contextlib.suppress(OSError):
+            enabled = (folder / "cgroup.subtree_control").read_text().split()
+            if not set(enabled) >= _NEEDED and _handed_over(folder, mount):
+                enabled = _divide(folder)
+            if set(enabled) >= _NEEDED and _can_make(folder):
+                quotas = _V1 if "cpu" in enabled else _V2_WITHOUT_CPU
+                return Found(2, dict.fromkeys(quotas, str(folder)))
+    return None
+
+
+def _divide(folder: Path) -> list[str]:
+    """Give a cgroup's children controllers, which it may when no process is in itself.
+
+    So those that are go to a child of their own.
+
+    Raises:
+        OSError: if the kernel refuses.
+    """
+    there = (folder / "cgroup.controllers").read_text().split()
+    wanted = [name for name in ("memory", "pids", "cpu") if name in there]
+    if not set(wanted) >= _NEEDED or not _can_make(folder):
+        return []
+    rest = folder / _REST
+    rest.mkdir(exist_ok=True)
+    for _ in range(_MOST_MOVES):
+        # New ones come from those that were not moved yet.
+        for pid in (moving := (folder / "cgroup.procs").read_text().split()):
+            with contextlib.suppress(ProcessLookupError):
+                (rest / "cgroup.procs").write_text(pid)
+        if not moving:
+            break
+    (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
+    return wanted
 
 
 def find(proc: Path = Path("/proc/self")) -> Found:
     """Find where this process may make cgroups with memory and pids limits.
 
-    Version 2 wants them enabled for children by whoever runs the machine: cgroups that are not
-    ours are never changed.
+    In version 2 that is its own cgroup or, within what was handed over to its unit, one above. If
+    that has no controllers for its children yet, it gets them, and the unit's processes go to a
+    child of it. Cgroups that are not the unit's are never changed.
     """
     try:
         unified, v1 = _hierarchies((proc / "mounts").read_text())
         own = _own((proc / "cgroup").read_text())
     except OSError as error:
         return Found(missing=f"cgroups cannot be read: {error}")
-    if unified:
-        for folder in _upward(unified, own.get("", "/")):
-            with contextlib.suppress(OSError):
-                enabled = (folder / "cgroup.subtree_control").read_text().split()
-                if {"memory", "pids"} <= set(enabled) and _can_make(folder):
-                    quotas = _V1 if "cpu" in enabled else _V2_WITHOUT_CPU
-                    return Found(2, dict.fromkeys(quotas, str(folder)))
+    if unified and (found := _find_v2(unified, own.get("", "/"))) is not None:
+        return found
     folders: dict[Quota, str] = {}
     for name, point in v1.items():
         for folder in _upward(point, own.get(name, "/")):
@@ -99,7 +172,8 @@ def find(proc: Path = Path("/proc/self")) -> Found:
     why = "no hierarchy is mounted" if not (unified or v1) else "no cgroup is writable here"
     if unified and not v1:
         why = (
-            "no cgroup above this process is writable and has memory and pids enabled for children"
+            "this process's cgroup is not handed over to it (Delegate=yes), or has no memory and "
+            "pids controllers"
         )
     return Found(missing=why)
 
@@ -129,14 +203,28 @@ class Cgroup:
         return False
 
     def limit(self, *, pids: int, cpu_share: float) -> None:
-        """Set the most processes and the share of a core."""
+        """Set the most processes and the share of a core.
+
+        Raises:
+            OSError: if a limit cannot be set that it is there for.
+        """
         self._quota_us = max(1000, int(cpu_share * _PERIOD_US))
-        self._write("pids", "pids.max", pids)
+        if not self._write("pids", "pids.max", pids):
+            self._fail("pids")
+        # Without swap there are no such files.
         if self._version == 2:
             self._write("memory", "memory.swap.max", 0)
         else:
             self._write("memory", "memory.swappiness", 0)
             self._write("cpu", "cpu.cfs_period_us", _PERIOD_US)
+        if not self._set_cpu(0):
+            self._fail("cpu")
+        if not self.limit_memory(_UNLIMITED_BYTES):
+            self._fail("memory")
+
+    def _fail(self, quota: Quota) -> None:
+        if quota in self._folders:
+            raise OSError(f"no limit of {quota} can be set in {self._folders[quota]}")
 
     def hold_cpu(self) -> None:
         """Hold it to its share of a core."""
@@ -146,11 +234,10 @@ class Cgroup:
         """Let go of the share: what was killed needs CPU to end, and may have used its share up."""
         self._set_cpu(0)
 
-    def _set_cpu(self, quota_us: int) -> None:
+    def _set_cpu(self, quota_us: int) -> bool:
         if self._version == 2:
-            self._write("cpu", "cpu.max", f"{quota_us or 'max'} {_PERIOD_US}")
-        else:
-            self._write("cpu", "cpu.cfs_quota_us", quota_us or -1)
+            return self._write("cpu", "cpu.max", f"{quota_us or 'max'} {_PERIOD_US}")
+        return self._write("cpu", "cpu.cfs_quota_us", quota_us or -1)
 
     def add(self, pid: int) -> None:
         """Move a process in; its children follow.

@@ -142,9 +142,12 @@ def begin(jail: Jail, fds: tuple[int, int, int], scratch: int, init: int, folder
         # What is frozen is not listed by ``gc.get_objects``.
         gc.freeze()
     except BaseException as error:  # noqa: BLE001
-        os.write(task, program.BEGUN)
-        program.tell(task, program.UNABLE, str(error).encode())
-        os._exit(1)
+        try:
+            os.write(task, program.BEGUN)
+            program.tell(task, program.UNABLE, str(error).encode())
+        finally:
+            # Whatever comes: this process is not to go on as a zygote.
+            os._exit(1)
     return task
 
 

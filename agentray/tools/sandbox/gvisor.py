@@ -87,19 +87,25 @@ def find_runsc() -> str:
 
 
 def config(
-    paths: Sequence[str], libraries: Sequence[str], *, runsc: str, root: bool, uid: int
+    paths: Sequence[str],
+    libraries: Sequence[str],
+    *,
+    runsc: str,
+    root: bool,
+    uid: int,
+    shared_memory: bool = True,
 ) -> dict[str, Any]:
     """Return what a zygote is to be told, so that its children can be runsc.
 
     ``uid`` is the program's. Unprivileged, the only one that there is goes by 0 in there: it is
-    root of a kernel that gives it no capability.
+    root of a kernel that gives it no capability. ``shared_memory``: see the filter.
     """
     guest = uid if root else 0
     found = layout.layout(paths, guest)
     # Links there would be followed by runsc, too, which mounts its kernel's root at one of them.
     into = [(at, to) for at, to in found["links"] if to.startswith(found["place"])]
     found["links"] = [each for each in found["links"] if each not in into]
-    given = (list(paths), list(libraries), guest, seccomp.program())
+    given = (list(paths), list(libraries), guest, seccomp.program(shared_memory=shared_memory))
     boot = f"PATHS, LIBRARIES, UID, FILTER = {given!r}\n{_BOOTSTRAP}"
     spec = specification(boot, root=root, found=found, into=into)
     source = Path(__file__).with_name("program.py").read_bytes()
@@ -246,7 +252,9 @@ class Runsc(Zygote):
         content = marshal.dumps(("exec", self._command(), {"PATH": os.defpath}, {}, []))
         child.send(len(content).to_bytes(8, "little") + content)
         try:
-            await asyncio.wait_for(up, _BOOT_S)
+            # Not wait_for, which before Python 3.12 may take a cancellation for nothing.
+            async with asyncio.timeout(_BOOT_S):
+                await up
         except TimeoutError:
             raise OSError(f"runsc was not ready after {_BOOT_S:g} s") from None
         if bytes(task.content[1:]) != _READY:
@@ -274,7 +282,8 @@ class Runsc(Zygote):
 
 async def _said(child: Child) -> str:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(child.over), 1.0)
+        async with asyncio.timeout(1.0):
+            await asyncio.shield(child.over)
     while child.err.read():
         pass
     lines = bytes(child.err.content).decode(errors="replace").strip().splitlines()

@@ -89,6 +89,14 @@ class JailSlot:
         """What programs have as their environment."""
         return self._zygote.environment
 
+    async def start(self) -> None:
+        """Start its zygote.
+
+        Raises:
+            SandboxUnavailableError: if it cannot be; the message says what failed.
+        """
+        await self._zygote.start()
+
     async def run(self, run: Run) -> Outcome:
         """Run a program to its end or its limits.
 
@@ -164,7 +172,13 @@ class JailSlot:
             child, start = await self._take(run.limits)
         except (OSError, SandboxUnavailableError) as error:
             return Outcome("failed", error=f"no child could be made: {error}")
-        self._limit_memory(run.limits)
+        try:
+            self._limit_memory(run.limits)
+        except OSError as error:
+            child.close()
+            return Outcome("failed", error=str(error), start=start)
+        # What was killed for memory in the run before, it may not have asked about.
+        self._oom_killed()
         attempt = Attempt(self._zygote, child, run, start, self._cgroup, without=self._without)
         listener = self._zygote.listener or self._listener
         network = None if listener is None else serving.begin(listener, run.network)
@@ -196,19 +210,25 @@ class JailSlot:
         """
         self._running = True
         child, _ = await self._take(self._ceiling)
-        self._limit_memory(self._ceiling)
-        if self._cgroup is not None:
-            self._cgroup.hold_cpu()
-        run = Run(PythonCode(""), self._ceiling)
-        self._prepare(child, run)
-        if not child.send(self._packed(("exec", list(argv), dict(env)), run, [])):
-            await child.send_rest()
+        try:
+            self._limit_memory(self._ceiling)
+            if self._cgroup is not None:
+                self._cgroup.hold_cpu()
+            run = Run(PythonCode(""), self._ceiling)
+            self._prepare(child, run)
+            if not child.send(self._packed(("exec", list(argv), dict(env)), run, [])):
+                await child.send_rest()
+        except BaseException:
+            child.close()
+            raise
         return child, child.task.release(), child.out.release()
 
     def _limit_memory(self, limits: Limits) -> None:
-        if self._cgroup is not None and self._counts_memory and "memory" not in self._without:
-            own_bytes = self._zygote.own_bytes + self._zygote.child_bytes + _OWN_BYTES
-            self._cgroup.limit_memory(limits.memory_bytes + own_bytes)
+        if self._cgroup is None or not self._counts_memory or "memory" in self._without:
+            return
+        own_bytes = self._zygote.own_bytes + self._zygote.child_bytes + _OWN_BYTES
+        if not self._cgroup.limit_memory(limits.memory_bytes + own_bytes):
+            raise OSError("the memory of its cgroup could not be limited")
 
     def _prepare(self, child: Child, run: Run) -> None:
         """Tell the zygote what it has to do for a run; mostly nothing."""

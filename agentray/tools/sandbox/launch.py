@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from io import FileIO
 
 from agentray.errors import SandboxUnavailableError
 from agentray.tools.sandbox.base import Limits
@@ -46,8 +47,7 @@ class Launched:
     async def kill(self) -> None:
         """End it and what it started, at once; returns when it is gone. Can be called again."""
         self._child.kill()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._child.over), _GONE_S)
+        await asyncio.wait([self._child.over], timeout=_GONE_S)
         self.stdin.close()
         self._child.close()
         await self._slot.close()
@@ -90,8 +90,14 @@ class JailLauncher:
         except SandboxUnavailableError as error:
             raise OSError(str(error)) from error
         try:
-            child, stdin, stdout = await slot.launch(argv, {**slot.environment, **env})
-            return Launched(slot, child, await _writer(stdin), await _reader(stdout))
+            with contextlib.ExitStack() as held:
+                child, stdin, stdout = await slot.launch(argv, {**slot.environment, **env})
+                held.callback(child.close)
+                inward = held.enter_context(socket.socket(fileno=stdin))
+                outward = held.enter_context(os.fdopen(stdout, "rb", 0))
+                launched = Launched(slot, child, await _writer(inward), await _reader(outward))
+                held.pop_all()
+            return launched
         except SandboxUnavailableError as error:
             await slot.close()
             raise OSError(str(error)) from error
@@ -100,17 +106,15 @@ class JailLauncher:
             raise
 
 
-async def _writer(descriptor: int) -> asyncio.StreamWriter:
+async def _writer(inward: socket.socket) -> asyncio.StreamWriter:
     # It has both ways, as a socket, so that it can be written to by a stream; what is read from
     # it is nothing.
-    inward = socket.socket(fileno=descriptor)
     inward.setblocking(False)
     return (await asyncio.open_unix_connection(sock=inward))[1]
 
 
-async def _reader(descriptor: int) -> asyncio.StreamReader:
+async def _reader(file: FileIO) -> asyncio.StreamReader:
     found = asyncio.StreamReader(limit=_LINE_BYTES)
     loop = asyncio.get_running_loop()
-    file = os.fdopen(descriptor, "rb", 0)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(found), file)
     return found

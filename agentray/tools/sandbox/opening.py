@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from agentray.errors import SandboxUnavailableError
 from agentray.tools.sandbox import cgroups, gvisor, layout, loopback, seccomp
 from agentray.tools.sandbox.base import Limits, Slot, Tier
+from agentray.tools.sandbox.cgroups import Cgroup
 from agentray.tools.sandbox.jail import JailSlot
 from agentray.tools.sandbox.supervisor import Zygote
 from agentray.tools.sandbox.uids import UidLease
@@ -69,7 +72,7 @@ async def open_slot(
     paths: Sequence[str] = (),
     cpu_share: float = 1.0,
     proxied: bool = False,
-    weaker_tier_allowed: bool = False,
+    weakest: Tier | None = None,
 ) -> Slot:
     """Open a slot of a tier.
 
@@ -81,8 +84,8 @@ async def open_slot(
         cpu_share: cores that all of the slot may use.
         proxied: programs may reach what serves their run (see ``Run.network``), where the
             variables ``http_proxy`` … say; a jail's nothing else. Not to be had with gVisor.
-        weaker_tier_allowed: where the tier cannot be had, take the strongest weaker one that can;
-            the slot's ``tier`` says which it is.
+        weakest: where the tier cannot be had, take the strongest weaker one that can, down to this
+            one; the slot's ``tier`` says which it is. None: no weaker one.
 
     Raises:
         SandboxUnavailableError: if this machine cannot give the tier; what it lacks is in it.
@@ -104,7 +107,7 @@ async def open_slot(
         return await _open_gvisor(ceiling, parked, libraries, paths, cpu_share)
     except SandboxUnavailableError as error:
         weaker = _WEAKER[tier]
-        if not (weaker_tier_allowed and weaker):
+        if weakest not in weaker:
             raise SandboxUnavailableError(
                 f"the tier {tier!r} cannot be had here: {error.message}; "
                 + (
@@ -122,7 +125,7 @@ async def open_slot(
         paths=paths,
         cpu_share=cpu_share,
         proxied=proxied,
-        weaker_tier_allowed=True,
+        weakest=weakest,
     )
 
 
@@ -159,35 +162,38 @@ async def open_jail(
         raise SandboxUnavailableError(why, tier="jail")
     if proxied and (network or "net_ns" in without):
         raise ValueError("a proxied jail has a network of its own")
-    root = os.geteuid() == 0
     if unknown := without - DEFENCES:
         raise ValueError(f"no such defences: {', '.join(sorted(unknown))}")
-    lease, uid = None, _UID_INSIDE
-    if root:
-        try:
-            lease = UidLease()
-        except OSError as error:
-            raise SandboxUnavailableError(f"no uid for the slot: {error}", tier="jail") from error
-        uid = 0 if "uid" in without else lease.uid
-    config: dict[str, Any] = {
-        **layout.layout(paths, uid),
-        "isolated": True,
-        "root": root,
-        "uid": uid,
-        "gid": uid,
-        "network": network or "net_ns" in without,
-        "filter": b""
-        if "seccomp" in without
-        else seccomp.program(network=network, proxied=proxied),
-        "paths": list(paths),
-        "loopback": proxied,
-    }
-    if proxied:
-        config["environment"] |= loopback.proxy_variables(loopback.PORT)
-    if "root" in without:
-        # Where everything of the machine is, a folder that every machine has.
-        config["place"] = "/mnt"
-    return await _open("jail", config, ceiling, parked, libraries, cpu_share, lease, without)
+    with ExitStack() as held:
+        lease = _lease("jail", held)
+        cgroup = _cgroup("jail", ceiling, parked, cpu_share, without, held)
+        uid = _UID_INSIDE if lease is None else lease.uid
+        if lease is not None and "uid" in without:
+            uid = 0
+        counted = _counts_memory(cgroup)
+        calls = seccomp.program(network=network, proxied=proxied, shared_memory=counted)
+        config: dict[str, Any] = {
+            **layout.layout(paths, uid),
+            "isolated": True,
+            "root": lease is not None,
+            "uid": uid,
+            "gid": uid,
+            "network": network or "net_ns" in without,
+            "filter": b"" if "seccomp" in without else calls,
+            "paths": list(paths),
+            "loopback": proxied,
+        }
+        if not counted:
+            # Mapped, it is shared memory as well, which nothing would count.
+            config["devices"] = [each for each in config["devices"] if each != "/dev/zero"]
+        if proxied:
+            config["environment"] |= loopback.proxy_variables(loopback.PORT)
+        if "root" in without:
+            # Where everything of the machine is, a folder that every machine has.
+            config["place"] = "/mnt"
+        slot = _slot("jail", config, ceiling, parked, libraries, cgroup, lease, without)
+        held.pop_all()
+    return await _started(slot)
 
 
 async def _open_process(
@@ -198,25 +204,35 @@ async def _open_process(
     cpu_share: float,
     proxied: bool,
 ) -> JailSlot:
-    listener = None
-    environment = dict(os.environ)
-    if proxied:
-        # They share the machine's network, and so the port cannot be one for all.
-        listener = socket.create_server(("127.0.0.1", 0))
-        environment |= loopback.proxy_variables(listener.getsockname()[1])
-    config: dict[str, Any] = {
-        "isolated": False,
-        "root": os.geteuid() == 0,
-        "uid": os.geteuid(),
-        "gid": os.getegid(),
-        "filter": b"",
-        "paths": [*paths, *(each for each in sys.path if each)],
-        # It runs the operator's own functions, with what the operator gave this process.
-        "environment": environment,
-        "place": tempfile.mkdtemp(prefix="agentray-"),
-    }
-    slot = ("process", config, ceiling, parked, libraries, cpu_share, None, frozenset[str]())
-    return await _open(*slot, listener)
+    with ExitStack() as held:
+        listener = None
+        environment = dict(os.environ)
+        try:
+            if proxied:
+                # They share the machine's network, and so the port cannot be one for all.
+                listener = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+                environment |= loopback.proxy_variables(listener.getsockname()[1])
+            place = tempfile.mkdtemp(prefix="agentray-")
+        except OSError as error:
+            raise SandboxUnavailableError(f"no folder or port: {error}", tier="process") from error
+        held.callback(shutil.rmtree, place, ignore_errors=True)
+        config: dict[str, Any] = {
+            "isolated": False,
+            "root": os.geteuid() == 0,
+            "uid": os.geteuid(),
+            "gid": os.getegid(),
+            "filter": b"",
+            "paths": [*paths, *(each for each in sys.path if each)],
+            # It runs the operator's own functions, with what the operator gave this process.
+            "environment": environment,
+            "place": place,
+        }
+        cgroup = _cgroup("process", ceiling, parked, cpu_share, _ALL, held)
+        slot = _slot(
+            *("process", config, ceiling, parked, libraries, cgroup, None, _ALL), listener=listener
+        )
+        held.pop_all()
+    return await _started(slot)
 
 
 async def _open_gvisor(
@@ -230,49 +246,97 @@ async def _open_gvisor(
         raise SandboxUnavailableError(f"gVisor is for Linux, and this is {sys.platform}")
     if not (runsc := gvisor.find_runsc()):
         raise SandboxUnavailableError(gvisor.ABSENT, tier="gvisor")
-    root = os.geteuid() == 0
-    lease = None
-    if root:
-        try:
-            lease = UidLease()
-        except OSError as error:
-            raise SandboxUnavailableError(f"no uid for the slot: {error}", tier="gvisor") from error
-    uid = _UID_INSIDE if lease is None else lease.uid
-    config = gvisor.config(paths, libraries, runsc=runsc, root=root, uid=uid)
     without = gvisor.LEFT_TO_RUNSC
-    return await _open("gvisor", config, ceiling, parked, (), cpu_share, lease, without)
+    with ExitStack() as held:
+        lease = _lease("gvisor", held)
+        cgroup = _cgroup("gvisor", ceiling, parked, cpu_share, without, held)
+        uid = _UID_INSIDE if lease is None else lease.uid
+        config = gvisor.config(
+            paths,
+            libraries,
+            runsc=runsc,
+            root=lease is not None,
+            uid=uid,
+            shared_memory=_counts_memory(cgroup),
+        )
+        slot = _slot("gvisor", config, ceiling, parked, (), cgroup, lease, without)
+        held.pop_all()
+    return await _started(slot)
 
 
-async def _open(
+_ALL = frozenset[str]()
+
+
+def _lease(tier: Tier, held: ExitStack) -> UidLease | None:
+    """Return a uid for a slot, where there are any to be had: as root."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        lease = UidLease()
+    except OSError as error:
+        raise SandboxUnavailableError(f"no uid for the slot: {error}", tier=tier) from error
+    held.callback(lease.close)
+    return lease
+
+
+def _depth(tier: Tier, parked: bool) -> int:
+    """Return how many children are made ahead."""
+    return (1 if tier == "gvisor" else _PARKED) if parked else 0
+
+
+def _cgroup(
+    tier: Tier,
+    ceiling: Limits,
+    parked: bool,
+    cpu_share: float,
+    without: frozenset[str],
+    held: ExitStack,
+) -> Cgroup | None:
+    """Return a cgroup with its limits set, but for the memory that depends on the run."""
+    cgroup = cgroups.make(cgroups.find())
+    if cgroup is None:
+        return None
+    held.callback(cgroup.remove)
+    depth = _depth(tier, parked)
+    # Beside the program: the zygote, and an init each for it and what is parked.
+    pids = 1_000_000 if "pids" in without else ceiling.pids + 6 + 2 * depth
+    if tier == "gvisor":
+        pids = gvisor.host_pids(ceiling.pids, sandboxes=1 + depth)
+    try:
+        cgroup.limit(pids=pids, cpu_share=cpu_share)
+    except OSError as error:
+        raise SandboxUnavailableError(
+            f"its cgroup cannot be limited: {error}", tier=tier
+        ) from error
+    return cgroup
+
+
+def _counts_memory(cgroup: Cgroup | None) -> bool:
+    return cgroup is not None and "memory" in cgroup.quotas
+
+
+def _slot(
     tier: Tier,
     config: dict[str, Any],
     ceiling: Limits,
     parked: bool,
     libraries: Sequence[str],
-    cpu_share: float,
+    cgroup: Cgroup | None,
     lease: UidLease | None,
     without: frozenset[str],
+    *,
     listener: socket.socket | None = None,
 ) -> JailSlot:
-    depth = (1 if tier == "gvisor" else _PARKED) if parked else 0
-    cgroup = cgroups.make(cgroups.find())
-    if cgroup is not None:
-        # Beside the program: the zygote, and an init each for it and what is parked.
-        pids = 1_000_000 if "pids" in without else ceiling.pids + 6 + 2 * depth
-        if tier == "gvisor":
-            pids = gvisor.host_pids(ceiling.pids, sandboxes=1 + depth)
-        cgroup.limit(pids=pids, cpu_share=cpu_share)
     config |= {
         "python": layout.interpreter(),
         "libraries": list(libraries),
         "without": sorted(without),
     }
-    zygote = (gvisor.Runsc if tier == "gvisor" else Zygote)(config, cgroup, tier)
-    slot = JailSlot(
-        zygote,
+    return JailSlot(
+        (gvisor.Runsc if tier == "gvisor" else Zygote)(config, cgroup, tier),
         tier=tier,
         ceiling=ceiling,
-        parked=depth,
+        parked=_depth(tier, parked),
         cgroup=cgroup,
         lease=lease,
         folder="" if config["isolated"] else config["place"],
@@ -280,8 +344,11 @@ async def _open(
         listener=listener,
         without=without,
     )
+
+
+async def _started(slot: JailSlot) -> JailSlot:
     try:
-        await zygote.start()
+        await slot.start()
     except BaseException:
         await slot.close()
         raise

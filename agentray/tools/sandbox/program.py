@@ -28,6 +28,7 @@ __all__ = [
     "prepare",
     "receive",
     "go_through",
+    "mapped_bytes",
     "run",
     "tell",
     "warm",
@@ -94,8 +95,16 @@ def receive(task: int) -> Task | None:
         parts = []
 
 
-def prepare(limits: dict[str, int], files: list[tuple[str, int, int, bytes | None]]) -> None:
-    """Write the files that the program is to find, then take its limits on."""
+def prepare(
+    limits: dict[str, int],
+    files: list[tuple[str, int, int, bytes | None]],
+    size_bytes: int = 0,
+) -> None:
+    """Write the files that the program is to find, then take its limits on.
+
+    ``size_bytes`` is the address space that this process had before it got them: for where there is
+    no ``/proc`` to ask.
+    """
     for name, mode, modified, content in files:
         if content is None:
             os.makedirs(name, 0o755, exist_ok=True)
@@ -113,16 +122,28 @@ def prepare(limits: dict[str, int], files: list[tuple[str, int, int, bytes | Non
         os.utime(name, (modified, modified))
     for name, value in limits.items():
         if name == "AS":
-            # What the interpreter takes is not the program's.
-            with open("/proc/self/statm", "rb") as statm:
-                value += int(statm.read().split()[0]) * resource.getpagesize()  # noqa: PLW2901
+            # What the interpreter takes is not the program's, nor are the files' contents.
+            given = sum(len(content) for *_, content in files if content is not None)
+            value += mapped_bytes() or size_bytes + given  # noqa: PLW2901
         number = getattr(resource, "RLIMIT_" + name)
         # One second past the soft limit, which a program may catch, comes the kill.
         resource.setrlimit(number, (value, value + 1 if name == "CPU" else value))
 
 
-def run(task: int, without: frozenset[str] = frozenset()) -> None:
-    """Receive a program on the descriptor ``task``, run it and end the process."""
+def mapped_bytes() -> int:
+    """Return the size of this process's address space; 0 where no ``/proc`` tells it."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def run(task: int, without: frozenset[str] = frozenset(), size_bytes: int = 0) -> None:
+    """Receive a program on the descriptor ``task``, run it and end the process.
+
+    ``size_bytes``: see :func:`prepare`.
+    """
     status = 1
     try:
         # Once more, here: what it writes to is copied now, and not while someone waits.
@@ -133,7 +154,7 @@ def run(task: int, without: frozenset[str] = frozenset()) -> None:
         os.write(task, BEGUN)
         kind, what, rest, limits, files = found
         try:
-            prepare(limits, files)
+            prepare(limits, files, size_bytes)
         except OSError as error:
             tell(task, UNABLE, f"the files could not be put in place: {error.strerror}".encode())
             return

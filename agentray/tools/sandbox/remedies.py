@@ -87,7 +87,6 @@ def _cgroups(around: Surroundings) -> str:
     if around.container:
         return "mount /sys/fs/cgroup writable into the container, with memory, pids and cpu"
     if around.root:
-        how = "enable memory, pids and cpu in the cgroup.subtree_control above the workers' cgroup"
-        return f"{how}, as systemd does for a unit with Delegate=yes"
+        return "have the workers' cgroup be theirs: systemd-run -p Delegate=yes … or a unit with it"
     how = "delegate a cgroup to this user: systemd-run --user --scope -p Delegate=yes …"
     return f"{how}, or Delegate=yes in its unit"

@@ -19,20 +19,27 @@ _READ_ONLY = kernel.MOUNT_RDONLY | kernel.MOUNT_NOSUID
 _AT = b"/tmp"
 
 
-def enter(config: dict[str, Any]) -> None:
+def enter(config: dict[str, Any]) -> int:
     """Move this process into namespaces and a root of its own, for good.
+
+    Returns a descriptor of its own ``statm`` in the machine's ``/proc``, or -1: in its root there
+    may be none.
 
     ``config``: ``root`` (whether the caller is), ``mounts`` (source and target), ``links``,
     ``files``, ``devices``, ``network`` (the host's).
     """
     _namespaces(config)
     kernel.private_mounts()
+    try:
+        statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        statm = -1
     if "root" in config["without"]:
         _open_up(config)
         if (proc := _own_proc()) >= 0:
             kernel.attach(b"/proc")(proc)
         _harden(config)
-        return
+        return statm
     # Before anything is mounted over what they may lie under.
     trees = [(kernel.copy_tree(source.encode()), target) for source, target in config["mounts"]]
     devices = [(kernel.copy_tree(each.encode()), each) for each in config["devices"]]
@@ -60,6 +67,7 @@ def enter(config: dict[str, Any]) -> None:
         kernel.restrict(base, _READ_ONLY | kernel.MOUNT_NODEV, recursive=False)
     os.close(base)
     _harden(config)
+    return statm
 
 
 def _namespaces(config: dict[str, Any]) -> None:

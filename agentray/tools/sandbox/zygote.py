@@ -41,12 +41,12 @@ def main() -> Callable[[], None]:
     control = _socket.socket(fileno=_CONTROL)
     try:
         config: dict[str, Any] = marshal.loads(control.recv(_MESSAGE_BYTES))
-        jail = _settle(config)
+        jail, size_bytes = _settle(config)
         listener = loopback.open_listener() if config.get("loopback") else -1
     except BaseException as error:  # noqa: BLE001
         control.send(json.dumps(["failed", f"{type(error).__name__}: {error}"]).encode())
         os._exit(1)
-    run = partial(program.run, without=frozenset(config["without"]))
+    run = partial(program.run, without=frozenset(config["without"]), size_bytes=size_bytes)
     zygote = _Zygote(control, jail)
     # Never freed in a child, which would copy all its pages for it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(zygote))
@@ -61,13 +61,18 @@ def main() -> Callable[[], None]:
     return partial(run, zygote.serve())
 
 
-def _settle(config: dict[str, Any]) -> child.Jail:
+def _settle(config: dict[str, Any]) -> tuple[child.Jail, int]:
+    """Go where children are to be forked, and return their jail and the size that they will have.
+
+    For where they have no ``/proc``: they do not see it themselves.
+    """
     null = os.open("/dev/null", os.O_RDONLY)
     while null < _FIRST_FREE:
         null = os.dup(null)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    statm = -1
     if config["isolated"]:
-        root.enter(config)
+        statm = root.enter(config)
         if not config["network"]:
             # Where there is no /proc, no count of memory is whole.
             with contextlib.suppress(OSError):
@@ -90,7 +95,11 @@ def _settle(config: dict[str, Any]) -> child.Jail:
         __import__(name)
     if not jail.fresh:
         jail.attach(kernel.Tmpfs(0, 0, **jail.owner).make())
-    return jail
+    size_bytes = 0
+    if statm >= 0:
+        size_bytes = int(os.read(statm, 100).split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        os.close(statm)
+    return jail, size_bytes
 
 
 def _not_after_forks(**_: object) -> None:
@@ -242,7 +251,14 @@ class _Zygote:
             self._enter(process)
 
     def _send_ends(self, serial: int, descriptors: tuple[int, ...]) -> None:
-        _send(self._control, b'["forked", %d]' % serial, descriptors)
+        self._send(b'["forked", %d]' % serial, descriptors)
+
+    def _send(self, message: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        try:
+            _send(self._control, message, descriptors)
+        except BrokenPipeError:
+            # The supervisor went away with something still asked for.
+            self._end()
 
     def _close(self, *descriptors: int) -> None:
         for each in descriptors:
@@ -304,7 +320,7 @@ class _Zygote:
         ended = os.pidfd_open(pid)
         self._collectors[ended] = pid
         self._poll.register(ended, select.POLLIN)
-        _send(self._control, json.dumps(facts).encode(), (read,))
+        self._send(json.dumps(facts).encode(), (read,))
         self._close(read, write)
 
     def _forget(self, ended: int, pid: int) -> None:
@@ -324,7 +340,7 @@ class _Zygote:
         os._exit(0)
 
     def _tell(self, message: list[Any]) -> None:
-        self._control.send(json.dumps(message).encode())
+        self._send(json.dumps(message).encode())
 
 
 def _send(control: _socket.socket, message: bytes, descriptors: tuple[int, ...]) -> None:

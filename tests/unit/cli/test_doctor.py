@@ -67,6 +67,14 @@ def test_untrusted_code_is_refused_unless_a_weaker_tier_is_named() -> None:
 def test_a_weaker_tier_is_the_strongest_of_those() -> None:
     assert of(JAIL, "gvisor").tier is None
     assert of(JAIL, "gvisor", "process").tier == "jail"
+    assert of(JAIL, "gvisor", "jail").tier == "jail"
+    assert "tools.sandbox.allow_weaker: jail" in of(JAIL, "gvisor").reason
+
+
+def test_no_tier_is_taken_that_is_weaker_than_the_weakest_allowed() -> None:
+    refused = of(MAC, "gvisor", "jail")
+    assert (refused.tier, refused.ready) == (None, False)
+    assert "tools.sandbox.allow_weaker: process" in refused.reason
 
 
 @pytest.mark.parametrize("weaker", ["none", "process"])

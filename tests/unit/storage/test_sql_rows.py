@@ -35,8 +35,8 @@ def size_of(names: list[Column], rows: Rows) -> int:
         "é" * 9_000,
         "\x01" * 100 + "x" * 9_000,
         b"a" * 9_000,
-    ]
-    + [{"key": "\x01" * 9_000}],
+        {"key": "\x01" * 9_000},
+    ],
     ids=["plain", "control", "quotes", "two bytes", "mixed", "bytes", "json"],
 )
 @pytest.mark.parametrize("count", [1, 3, 40])

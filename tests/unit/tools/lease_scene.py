@@ -149,7 +149,7 @@ class Scene:
         tenant, session = given.get("tenant", "acme"), given.get("session", "s")
         return Held(
             *(lease, key_of(key, tenant, session), tenant, session, epoch, "wait", "interactive"),
-            *(given.get("on_crash", "report"), ran_s),
+            *(given.get("on_crash", "report"), ran_s, given.get("killed", False)),
         )
 
     def _note(self, sends: Iterable[Send]) -> None:

@@ -330,6 +330,31 @@ def test_tenants_that_are_at_rest_are_forgotten_when_they_are_many(
     assert sum(count > 1 for count in asked.values()) >= 30
 
 
+@pytest.mark.parametrize("what", ["refused", "evicted", "asked for"])
+def test_tenants_whose_calls_never_waited_are_forgotten_too(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(fair_queue, "_MAX_IDLE_FLOWS", 10)
+    shares = {"flood": Share(weight=0.5 if what == "evicted" else 100.0)}
+    queue = queue_of(shares, max_queued=10)
+    fill(queue, "flood", 10)
+    for number in range(100):
+        new = call(str(number), f"t{number}", priority="batch")
+        if what == "asked for":
+            queue.last_place(new, slots=1)
+            continue
+        refused = queue.add(new)
+        if what == "refused":
+            assert refused == new
+            queue.last_place(new, slots=1)
+        else:
+            # Whoever is more urgent takes its place.
+            queue.remove("urgent")
+            queue.add(call("urgent", "ada"))
+    assert len(queue._tenants) <= 13
+    assert sum(len(level.flows) for level in queue._levels.values()) <= 15
+
+
 # Places
 
 
@@ -389,6 +414,22 @@ def test_places_are_told_to_the_heads_of_all_queues_first() -> None:
         fill(queue, tenant, 50)
     told = Counter(key.rstrip("0123456789") for key, _ in queue.places(slots=4, limit=12))
     assert told == {"ada": 4, "bob": 4, "eve": 4}
+
+
+@pytest.mark.parametrize(("tenants", "calls"), [(30, 3), (2, 50), (1, 100), (7, 1)])
+def test_all_calls_are_told_where_they_stand_in_turns_that_are_short(
+    monkeypatch: pytest.MonkeyPatch, tenants: int, calls: int
+) -> None:
+    monkeypatch.setattr(fair_queue, "_MAX_LOOKS", 300)
+    queue = queue_of()
+    for number in range(tenants):
+        fill(queue, f"t{number}-", calls)
+    told: set[str] = set()
+    for _ in range(60):
+        turn = dict(queue.places(slots=1, limit=20))
+        assert 0 < len(turn) <= max(1, min(20, 300 // tenants))
+        told |= turn.keys()
+    assert len(told) == len(queue)
 
 
 # Whatever happens

@@ -139,6 +139,15 @@ def test_an_argument_cannot_split_a_header(value: str) -> None:
     assert header_problem(found.headers) is not None
 
 
+def test_requests_say_who_asks_unless_the_operator_does() -> None:
+    found = dict(request({"id": "1"}, parameters=any_of("id")).headers)
+    assert found["User-Agent"] == "agentray"
+    assert found["Accept"].startswith("application/json")
+    own = {"user-agent": "shop/1", "accept": "text/csv"}
+    found = dict(request({"id": "1"}, headers=own, parameters=any_of("id")).headers)
+    assert found == own
+
+
 # Secrets that come back
 
 

@@ -154,6 +154,43 @@ def test_what_a_call_used_counts_for_who_is_next() -> None:
     assert tenants == ["bob"] * 3
 
 
+def test_a_killed_call_is_charged_what_calls_like_it_use() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("busy", tenant="cy")
+    (busy,) = scene.said(Granted)
+    # Four times a slot's part of the memory.
+    scene.want("big", tenant="ada", tool="big", memory_bytes=400)
+    for number in range(8):
+        scene.want(str(number), tenant="ada")
+        scene.want(str(number), tenant="bob")
+    scene.finished("w", busy.lease, "busy")
+    (first,) = scene.said(Granted)
+    assert first.key == key_of("big", "ada")
+    scene.finished("w", first.lease, "big", wall_s=1.0, killed=True)
+    tenants: list[str] = []
+    for _ in range(4):
+        (granted,) = scene.said(Granted)
+        tenant, _, key = granted.key.split("\0")
+        tenants.append(tenant)
+        scene.finished("w", granted.lease, key)
+    assert tenants == ["bob"] * 4
+
+
+def test_what_no_other_worker_could_help_is_no_reason_to_add_one() -> None:
+    scene = Scene(share=Share(max_running=2))
+    scene.worker("w", slots=4)
+    for number in range(10):
+        scene.want(str(number))
+    assert scene.leases.state().queued == 8
+    assert scene.leases.queued_s() == 0
+    scene.want("busy", tenant="ada")
+    scene.want("busy", tenant="bob")
+    scene.want("busy", tenant="bob", session="t")
+    # The slots are taken, so that one of bob's waits for nothing but a slot.
+    assert scene.leases.queued_s() == pytest.approx(0.25)
+
+
 def test_a_call_is_charged_by_what_is_known_when_it_begins_not_when_it_was_asked_for() -> None:
     scene = Scene()
     scene.worker("w")
@@ -210,6 +247,20 @@ def test_a_lease_that_began_is_not_taken_back() -> None:
     scene.alive("w", first.lease)
     scene.alive("w")
     assert scene.nothing_said(Revoke, "w")
+
+
+def test_a_slot_is_free_when_its_worker_lists_the_lease_no_more() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a")
+    first = scene.granted("a")
+    scene.alive("w", first.lease)
+    scene.want("b")
+    # Its end was never told.
+    scene.alive("w")
+    assert scene.granted("b").lease > first.lease
+    scene.want("a", was_at="w")
+    assert [said.reason for said in scene.said(Refused)] == ["died"]
 
 
 def test_a_fence_is_told_only_when_all_that_was_older_has_ended() -> None:
@@ -299,6 +350,45 @@ def test_a_kill_that_its_worker_did_not_hear_is_said_again_when_it_is_back() -> 
     assert scene.nothing_said(Fenced)
     scene.finished("w", first.lease, "a", killed=True)
     assert scene.said(Fenced) == [Fenced(1)]
+
+
+@pytest.mark.parametrize("expected", [[], ["w"]])
+def test_a_killed_call_holds_its_slot_and_its_fence_until_it_has_ended(
+    expected: list[str],
+) -> None:
+    scene = Scene(expected=expected, first_lease=1_000)
+    scene.fence(2)
+    scene.said(Fenced)
+    scene.want("a", link="new", epoch=2, on_crash="retry")
+    scene.worker("w", held=[scene.held("a", 7, epoch=1, killed=True)])
+    scene.fence(2, number=2)
+    assert scene.nothing_said(Fenced)
+    assert scene.nothing_said(Granted, "new")
+    scene.finished("w", 7, "a", killed=True)
+    assert Fenced(2) in scene.said(Fenced)
+    assert scene.granted("a", to="new").lease >= 1_000
+
+
+@pytest.mark.parametrize("asked", ["before", "after"])
+def test_who_asks_for_a_killed_call_is_not_led_to_it_but_has_it_run_after_that(asked: str) -> None:
+    scene = Scene(expected=["w"], first_lease=1_000)
+    if asked == "before":
+        scene.want("a", on_crash="retry")
+    scene.worker("w", held=[scene.held("a", 7, killed=True)])
+    if asked == "after":
+        scene.want("a", on_crash="retry")
+    assert scene.nothing_said(Granted)
+    scene.finished("w", 7, "a", killed=True)
+    assert scene.granted("a").lease >= 1_000
+
+
+def test_a_killed_call_that_must_not_run_twice_is_reported_when_it_has_ended() -> None:
+    scene = Scene(expected=["w"], first_lease=1_000)
+    scene.want("a", link="new", epoch=2)
+    scene.worker("w", held=[scene.held("a", 7, epoch=1, killed=True)])
+    assert scene.nothing_said(Refused, "new")
+    scene.finished("w", 7, "a", killed=True)
+    assert [said.reason for said in scene.said(Refused, "new")] == ["died"]
 
 
 # Results

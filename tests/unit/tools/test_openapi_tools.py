@@ -92,6 +92,12 @@ def test_operations_become_tools_and_unsupported_ones_are_left_out() -> None:
     assert set(tools()) == {"pets__getPet", "pets__addPet"}
 
 
+@pytest.mark.parametrize("name", ["getPet", "addPet"])
+def test_of_operations_that_are_named_no_other_becomes_a_tool(name: str) -> None:
+    # Neither those before nor those behind it, which may write.
+    assert set(tools(operations=(name,))) == {f"pets__{name}"}
+
+
 def test_parameters_become_arguments_and_go_where_the_document_says() -> None:
     found = tools(query={"api_key": "${secret:KEY}"}, cache_s=5)
     spec, template = found["pets__getPet"]

@@ -105,5 +105,16 @@ def test_one_is_removed_at_a_time() -> None:
     assert watch.said(0, there=1, idle=(100.0,)) == ""
 
 
+def test_a_worker_that_does_not_come_is_given_up_and_one_that_came_back_is_not() -> None:
+    scaling = Scaling(ToolWorkersSettings(**SETTINGS))
+    assert scaling.overdue(0.0, {"a", "b"}, {"a"}) == []
+    assert scaling.overdue(100.0, {"a", "b"}, {"b"}) == []
+    assert scaling.overdue(119.0, {"a", "b"}, set[str]()) == []
+    assert scaling.overdue(220.0, {"a", "b"}, set[str]()) == ["a"]
+    # Another one of its name has its own time.
+    assert scaling.overdue(221.0, {"b"}, set[str]()) == []
+    assert scaling.overdue(239.5, {"a", "b"}, set[str]()) == ["b"]
+
+
 def test_none_is_removed_while_calls_wait_long() -> None:
     assert Watch().said(5.0, there=3, idle=(100.0,)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,24 @@ class Machine:
         self._own.append(f"0::{own}")
         return root
 
+    def unit(
+        self,
+        root: Path,
+        path: str,
+        *,
+        controllers: str,
+        processes: tuple[int, ...] = (),
+        handed_over: bool = False,
+    ) -> Path:
+        """Put a unit's files there; ``handed_over``: as systemd marks it with Delegate=yes."""
+        unit = root / path.strip("/")
+        (unit / "cgroup.controllers").write_text(controllers)
+        (unit / "cgroup.subtree_control").touch()
+        (unit / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in processes))
+        if handed_over:
+            os.setxattr(unit, "user.delegate", b"1")
+        return unit
+
     def v1(self, controllers: str, own: str, *, writable: bool = True) -> Path:
         root = self.folder / controllers
         place = root / own.strip("/")
@@ -50,23 +69,67 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_the_nearest_group_that_gives_controllers_to_its_children_is_taken(
-    machine: Machine,
-) -> None:
-    enabled = {"/": "cpu memory pids", "/user": "memory pids", "/user/app": ""}
-    root = machine.v2("/user/app", enabled)
-    assert machine.found() == Found(
-        2, dict.fromkeys(("memory", "pids", "cpuacct"), str(root / "user"))
-    )
+WITHOUT_CPU = ("memory", "pids", "cpuacct")
+ALL = (*WITHOUT_CPU, "cpu")
 
 
-def test_without_controllers_for_children_there_is_nothing_and_it_says_so(
-    machine: Machine,
+def test_the_own_group_is_taken_that_gives_controllers_to_its_children(machine: Machine) -> None:
+    root = machine.v2("/user/app", {"/": "", "/user": "", "/user/app": "memory pids"})
+    assert machine.found() == Found(2, dict.fromkeys(WITHOUT_CPU, str(root / "user/app")))
+
+
+def test_what_is_above_the_own_unit_is_left_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine.v2("/app", {"/": "cpu", "/app": ""})
+    """A manager's slices have controllers for their children, and are its own."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    root = machine.v2("/slice/app", {"/": "cpu memory pids", "/slice": "memory pids"})
+    machine.unit(root, "/slice/app", controllers="cpu memory pids", processes=(12,))
     found = machine.found()
     assert found.version == 0
     assert "memory and pids" in found.missing
+    assert list(root.rglob("agentray-*")) == []
+    assert (root / "slice/app/cgroup.subtree_control").read_text() == ""
+
+
+def test_a_unit_that_was_handed_over_is_divided(machine: Machine) -> None:
+    root = machine.v2("/slice/app", {"/": "cpu memory pids", "/slice": "memory pids"})
+    unit = machine.unit(
+        root, "/slice/app", controllers="cpu memory pids", processes=(12, 13), handed_over=True
+    )
+    assert machine.found() == Found(2, dict.fromkeys(ALL, str(unit)))
+    assert (unit / "agentray-rest/cgroup.procs").read_text() == "13"
+    assert (unit / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+
+
+def test_a_unit_that_is_divided_already_is_found_from_its_child(machine: Machine) -> None:
+    root = machine.v2("/slice/app/agentray-rest", {"/": "memory pids", "/slice": "memory pids"})
+    unit = machine.unit(root, "/slice/app", controllers="memory pids", handed_over=True)
+    (unit / "cgroup.subtree_control").write_text("memory pids")
+    assert machine.found() == Found(2, dict.fromkeys(WITHOUT_CPU, str(unit)))
+
+
+def test_a_unit_without_the_controllers_is_not_divided(machine: Machine) -> None:
+    root = machine.v2("/app", {"/": "cpu"})
+    unit = machine.unit(root, "/app", controllers="cpu", processes=(12,), handed_over=True)
+    assert machine.found().version == 0
+    assert not (unit / "agentray-rest").exists()
+
+
+def test_a_containers_own_root_is_divided_and_the_machines_is_not(machine: Machine) -> None:
+    root = machine.v2("/", {"/": ""})
+    (root / "cgroup.controllers").write_text("memory pids")
+    assert machine.found().version == 0
+    (root / "cgroup.type").write_text("domain")
+    assert machine.found().version == 2
+
+
+def test_a_users_manager_keeps_what_was_handed_over_to_it(machine: Machine) -> None:
+    root = machine.v2("/user@7.service/app", {"/": ""})
+    manager = machine.unit(root, "/user@7.service", controllers="memory pids", handed_over=True)
+    machine.unit(root, "/user@7.service/app", controllers="memory pids")
+    (manager / "cgroup.subtree_control").write_text("memory pids")
+    assert machine.found().version == 0
 
 
 def test_version_1_is_taken_per_controller_where_version_2_has_none(machine: Machine) -> None:
@@ -111,6 +174,18 @@ def test_version_1_is_limited_by_its_files(machine: Machine) -> None:
     assert group is not None
     names = ("memory.limit_in_bytes", "pids.max", "cpu.cfs_period_us", "cpu.cfs_quota_us")
     assert written(group, root, *names) == ["1000", "12", "100000", "50000", "-1"]
+
+
+@pytest.mark.parametrize("refused", ["pids.max", "memory.max", "cpu.max"])
+def test_a_limit_that_cannot_be_set_is_told(machine: Machine, refused: str) -> None:
+    root = machine.v2("/", {"/": "cpu memory pids"})
+    group = make(machine.found())
+    assert group is not None
+    (made,) = root.glob("agentray-*")
+    # Nobody can write there.
+    (made / refused).mkdir()
+    with pytest.raises(OSError, match=refused.partition(".")[0]):
+        group.limit(pids=12, cpu_share=0.5)
 
 
 @pytest.mark.parametrize(
