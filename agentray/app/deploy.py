@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from agentray.app.address import door
-from agentray.app.jobs import BROKEN, FAILED, RUNNING, say
+from agentray.app.jobs import BROKEN, FAILED, RUNNING, dump_settings, say
 from agentray.config.settings import SIMULATOR, Settings
 from agentray.errors import AgentRayError, ConfigError, NotReadyError
 from agentray.models.serving import app_name
@@ -122,7 +123,7 @@ def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
         targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
     # Meanwhile Serve starts them.
-    start_pool(settings, WorkerTools(settings), alone=alone)
+    start_pool(settings, WorkerTools(settings), alone=alone, made_of=_digest(settings))
     trouble = asyncio.run(sandbox_trouble(settings.tools.sandbox)) if alone else ""
     say(*((BROKEN, f"{TOOLS} {trouble}") if trouble else (RUNNING, TOOLS)))
     waiting = {target.name for target in targets}
@@ -133,6 +134,12 @@ def _deploy(settings: Settings, hosts_app: str, *, alone: bool) -> None:
                 waiting.remove(name)
                 say(RUNNING, name)
         time.sleep(_POLL_S)
+
+
+def _digest(settings: Settings) -> str:
+    """Return what tells settings of tools apart, secrets included."""
+    text = json.dumps([dump_settings(settings.tools), dump_settings(settings.log)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _running(status: Any, names: set[str]) -> set[str]:

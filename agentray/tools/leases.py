@@ -39,8 +39,9 @@ from agentray.tools.roster import Roster, WorkerState
 
 __all__ = ["Leases"]
 
-# A lease that its worker has not heard of by then is taken back.
-_START_S = 2.0
+# A lease that its worker has not heard of by then is taken back. The files of eight calls may be
+# on their way to it, one after the other.
+_START_S = 10.0
 _MAX_PLACES = 200
 
 
@@ -100,6 +101,9 @@ class Leases:
                 continue
             if entry.lease:
                 entry.link = ""
+                if not entry.confirmed:
+                    # It may never have got there.
+                    self._out.send(entry.worker, Revoke(entry.lease))
             else:
                 self._endings.drop(entry)
         self._dispatch(now)

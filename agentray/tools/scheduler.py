@@ -78,8 +78,10 @@ class ToolScheduler:
         open_runners: OpenRunners,
         alone: bool,
         make_queue: MakeQueue,
+        made_of: str = "",
     ) -> None:
         configure_logging(log_settings)
+        self._made_of = made_of
         self._settings = settings
         self._log_settings = log_settings
         self._open_runners = open_runners
@@ -114,6 +116,10 @@ class ToolScheduler:
         """Return where hosts and workers connect."""
         await self._listening.wait()
         return Location(self._host, self._dispatch.port, self._token)
+
+    async def made_of(self) -> str:
+        """Return the digest of the settings that the pool was started with."""
+        return self._made_of
 
     async def pid(self) -> int:
         """Return the id of the process."""
@@ -233,17 +239,19 @@ def start_pool(
     alone: bool,
     timeout_s: float = 60.0,
     make_queue: MakeQueue = fair_queue,
+    made_of: str = "",
 ) -> None:
     """Start the scheduler, which starts the workers; return when one is ready. Blocks.
 
     The process must be connected to the cluster. ``alone``: the cluster is this machine only. A
-    pool that is there already stays as it is.
+    pool that is there already stays as it is, unless it was ``made_of`` other settings.
 
     Raises:
         NotReadyError: if no worker is ready in time.
     """
     untyped = cast(Any, ray)
     ends_at = time.monotonic() + timeout_s
+    _end_other_pool(made_of)
     scheduler = (
         untyped.remote(ToolScheduler)
         .options(
@@ -256,7 +264,7 @@ def start_pool(
             max_task_retries=-1,
             max_concurrency=1_000,
         )
-        .remote(settings.tools.workers, settings.log, open_runners, alone, make_queue)
+        .remote(settings.tools.workers, settings.log, open_runners, alone, make_queue, made_of)
     )
     try:
         while not untyped.get(
@@ -271,6 +279,21 @@ def start_pool(
             time.sleep(_POLL_S)
     except RayError as error:
         raise NotReadyError(f"the tool scheduler could not be started: {error}") from error
+
+
+def _end_other_pool(made_of: str) -> None:
+    """End a pool that has other settings: its workers would refuse what hosts offer."""
+    untyped = cast(Any, ray)
+    try:
+        there = untyped.get_actor(SCHEDULER, namespace=NAMESPACE)
+        if untyped.get(there.made_of.remote(), timeout=_CLOSE_S) == made_of:
+            return
+    except ValueError:
+        return
+    except RayError as error:
+        log.warning("tool_pool_unknown", error=str(error))
+    log.info("tool_pool_replaced")
+    end_pool()
 
 
 def end_pool() -> None:

@@ -371,10 +371,8 @@ async def test_position_and_expected_wait_are_visible(
 async def test_workers_are_added_while_calls_wait_long_and_removed_when_idle(
     cluster: None, started: Pool, client: ToolClient, notes: Notes
 ) -> None:
-    # The last test of the module: its pool takes the place of the others'.
-    from agentray.tools.scheduler import end_pool
-
-    await asyncio.to_thread(end_pool)
+    # The last test of the module: its pool takes the place of the others', as it is made of other
+    # settings.
     settings = {
         "min": 1,
         "max": 2,
@@ -383,8 +381,10 @@ async def test_workers_are_added_while_calls_wait_long_and_removed_when_idle(
         "up_delay_s": 0.3,
         "down_after_idle_s": 2.0,
     }
-    with running_pool(Settings(tools={"workers": settings})) as pool:  # pyright: ignore[reportArgumentType]
+    small = Settings(tools={"workers": settings})  # pyright: ignore[reportArgumentType]
+    with running_pool(small, made_of="other settings") as pool:
         await until(lambda: pool.connected() == 1)
+        assert len(pool.workers()) == 1
         calls = [
             asyncio.create_task(client.call(ask(f"up{n}", wait_s=1.0, file=notes.file)))
             for n in range(24)

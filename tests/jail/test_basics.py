@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from agentray.errors import SandboxUnavailableError, ToolError
-from agentray.tools.sandbox import opening
+from agentray.tools.sandbox import launch, opening, supervisor
 from agentray.tools.sandbox.base import FunctionCall, Limits, PythonCode, Run, ShellScript, Slot
 from agentray.tools.sandbox.launch import JailLauncher
 from agentray.tools.sandbox.opening import open_slot
 from agentray.tools.sandbox.probe import examine
+from tests.jail.attack import COUNTED
 
 CEILING = Limits(wall_s=20.0, memory_bytes=256 << 20)
 
@@ -219,6 +220,55 @@ async def test_what_a_machine_cannot_give_is_refused_and_weaker_tiers_are_named(
     slot = await open_slot("jail", weakest="process")
     assert slot.tier == "process"
     await slot.close()
+
+
+@pytest.mark.parametrize("tier", ["jail", "process"])
+async def test_a_zygote_that_comes_too_late_is_refused_and_nothing_of_it_is_kept(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = descriptors()
+    monkeypatch.setattr(supervisor, "_START_S", 0.0)
+    with pytest.raises(SandboxUnavailableError, match="not ready after"):
+        await open_slot(tier)  # type: ignore[arg-type]
+    assert descriptors() == before
+
+
+def descriptors() -> set[str]:
+    found: set[str] = set()
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(f"{each.name} {each.readlink()}")
+    return found
+
+
+@pytest.mark.skipif(not COUNTED, reason="no cgroup counts memory here")
+async def test_a_run_whose_memory_cannot_be_limited_is_not_begun(tmp_path: Path) -> None:
+    async with opened() as slot:
+        group = slot._cgroup  # type: ignore[attr-defined]
+        folders = group._folders
+        group._folders = {**folders, "memory": tmp_path / "gone"}
+        outcome = await slot.run(python("print(1)", memory_bytes=96 << 20))
+        assert (outcome.reason, outcome.stdout) == ("failed", b"")
+        assert "memory" in outcome.error
+        group._folders = folders
+        assert (await slot.run(python("print(1)"))).stdout == b"1\n"
+
+
+async def test_a_program_that_cannot_be_spoken_to_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(file: object) -> None:
+        raise OSError("no more")
+
+    monkeypatch.setattr(launch, "_reader", broken)
+    launcher = JailLauncher()
+    with pytest.raises(OSError, match="no more"):
+        await launcher.start(["/bin/cat"], {})
+    before = descriptors()
+    with pytest.raises(OSError, match="no more"):
+        await launcher.start(["/bin/cat"], {})
+    await asyncio.sleep(0)
+    assert len(descriptors()) <= len(before)
 
 
 async def test_the_probe_finds_the_jail_and_names_what_holds_each_quota() -> None:

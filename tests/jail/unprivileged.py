@@ -4,7 +4,8 @@ What follows goes to the interpreter: ``python -m tests.jail.unprivileged -m pyt
 The user has a uid that nobody else has, no groups and an empty home. The interpreter and the
 repository may lie where only root can look (``/root``): within a mount namespace of its own, such
 a folder is covered by one that everybody may enter and that holds nothing else but these two. The
-machine is left as it is.
+machine is left as it is. With ``--covered-proc`` before it, a part of ``/proc`` is covered, as in
+most containers: the kernel then gives a user namespace no ``/proc`` of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+COVERED = "--covered-proc"
+
 UID = 64_321
 """No account has it, and it is not that of ``nobody``, which stands for every unmapped uid."""
 
 CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
@@ -28,15 +32,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> int:
     """Run the interpreter with the arguments of the command line; return its exit code."""
-    command = [sys.executable, *sys.argv[1:]]
+    covered = sys.argv[1:2] == [COVERED]
+    command = [sys.executable, *sys.argv[1 + covered :]]
     if os.getuid() != 0:
+        if covered:
+            _cover_as_nobody_else()
         # Nothing to give up.
         os.execv(sys.executable, command)  # noqa: S606 - an interpreter, without a shell
     with tempfile.TemporaryDirectory(prefix="agentray-unprivileged-") as home:
         os.chown(home, UID, UID)
         child = os.fork()
         if child == 0:
-            _become()
+            _become(covered=covered)
             os.execve(sys.executable, command, _environment(home))  # noqa: S606 - the same
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -55,9 +62,26 @@ def _environment(home: str) -> dict[str, str]:
     }
 
 
-def _become() -> None:
+def _cover_as_nobody_else() -> None:
+    """Cover it in a user namespace, in which this user stays who it is."""
+    uid, gid = os.getuid(), os.getgid()
+    _checked(_libc.unshare(CLONE_NEWNS | CLONE_NEWUSER), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    _cover()
+
+
+def _cover() -> None:
+    _mount("tmpfs", "/proc/tty", "tmpfs", 0, "size=4k")
+
+
+def _become(*, covered: bool) -> None:
     _checked(_libc.unshare(CLONE_NEWNS), "unshare")
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    if covered:
+        _cover()
     needed = {Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve(), Path.cwd().resolve()}
     for closed in sorted({top for path in needed if (top := _closed_above(path)) is not None}):
         _open_up(closed, [path for path in sorted(needed) if path.is_relative_to(closed)])

@@ -154,7 +154,7 @@ class JailSlot:
 
     async def _run(self, run: Run) -> Outcome:
         try:
-            files = scratch.unpack(run.scratch, run.limits) if run.scratch else []
+            files = await scratch.unpacked(run.scratch, run.limits) if run.scratch else []
         except scratch.ScratchError as error:
             return Outcome("scratch", error=str(error))
         outcome = await self._attempt(run, files)

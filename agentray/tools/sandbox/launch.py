@@ -95,7 +95,9 @@ class JailLauncher:
                 held.callback(child.close)
                 inward = held.enter_context(socket.socket(fileno=stdin))
                 outward = held.enter_context(os.fdopen(stdout, "rb", 0))
-                launched = Launched(slot, child, await _writer(inward), await _reader(outward))
+                writer = await _writer(inward)
+                held.callback(writer.close)
+                launched = Launched(slot, child, writer, await _reader(outward))
                 held.pop_all()
             return launched
         except SandboxUnavailableError as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agentray.tools.sandbox import harvest
 from agentray.tools.sandbox.base import Limits
 
-__all__ = ["Entry", "ScratchError", "most_bytes", "pack", "unpack"]
+__all__ = ["Entry", "ScratchError", "most_bytes", "pack", "unpack", "unpacked"]
 
 _LARGE_BYTES = 1 << 20
 _LONGEST_NAME = 4096
@@ -73,6 +73,13 @@ def unpack(tar: bytes, limits: Limits) -> list[Entry]:
     except (tarfile.TarError, EOFError, ValueError, OverflowError, UnicodeError) as error:
         raise ScratchError(f"not a tar: {error}") from error
     return found
+
+
+async def unpacked(tar: bytes, limits: Limits) -> list[Entry]:
+    """Do :func:`unpack`; a large one does not hold up what else this process does."""
+    if len(tar) > _LARGE_BYTES:
+        return await asyncio.to_thread(unpack, tar, limits)
+    return unpack(tar, limits)
 
 
 async def pack(entries: bytes, limits: Limits) -> bytes | None:

@@ -208,9 +208,8 @@ class Zygote:
         Raises:
             SandboxUnavailableError: if it cannot go there; the message says what failed.
         """
-        if self._process is not None:
-            # What is left of the last one counts for the same uid.
-            await _ended(self._process)
+        # What is left of the last one counts for the same uid.
+        await self._gone()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         process = None
@@ -290,7 +289,8 @@ class Zygote:
 
     def abandon(self) -> None:
         """End it and all its children by force, as it does not do what it is told: it is gone."""
-        if self._process is not None and self.alive:
+        # One that is not isolated has to find its strays itself: it is left the time for that.
+        if self._process is not None and self.alive and self._config["isolated"]:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         self._lost()
@@ -300,15 +300,20 @@ class Zygote:
         self._lost()
         if self.listener is not None:
             self.listener.close()
-        if self._process is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_S):
-                    await self._process.wait()
-            await _ended(self._process)
+        await self._gone()
         for _ in range(100):
             if self._cgroup is None or self._cgroup.remove():
                 return
             await asyncio.sleep(0.01)
+
+    async def _gone(self) -> None:
+        """Wait for its end, which the end of its socket is to it."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    await process.wait()
+            await _ended(process)
 
     async def _ask(self, what: str, serial: int, sizes: tuple[int, int]) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

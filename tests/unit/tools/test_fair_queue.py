@@ -330,29 +330,27 @@ def test_tenants_that_are_at_rest_are_forgotten_when_they_are_many(
     assert sum(count > 1 for count in asked.values()) >= 30
 
 
-@pytest.mark.parametrize("what", ["refused", "evicted", "asked for"])
-def test_tenants_whose_calls_never_waited_are_forgotten_too(
+@pytest.mark.parametrize("what", ["refused", "no room", "evicted", "asked for"])
+def test_tenants_whose_calls_never_ran_are_forgotten_too(
     monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(fair_queue, "_MAX_IDLE_FLOWS", 10)
-    shares = {"flood": Share(weight=0.5 if what == "evicted" else 100.0)}
-    queue = queue_of(shares, max_queued=10)
-    fill(queue, "flood", 10)
+    own = Share(max_queued=0 if what == "refused" else 5)
+    queue = FairQueue(lambda tenant: own if tenant[0] == "t" else Share(), max_queued=10)
+    fill(queue, "ada", 10 if what == "no room" else 9)
     for number in range(100):
         new = call(str(number), f"t{number}", priority="batch")
-        if what == "asked for":
-            queue.last_place(new, slots=1)
-            continue
-        refused = queue.add(new)
-        if what == "refused":
-            assert refused == new
-            queue.last_place(new, slots=1)
-        else:
-            # Whoever is more urgent takes its place.
-            queue.remove("urgent")
-            queue.add(call("urgent", "ada"))
-    assert len(queue._tenants) <= 13
-    assert sum(len(level.flows) for level in queue._levels.values()) <= 15
+        match what:
+            case "asked for":
+                queue.last_place(new, slots=1)
+            case "evicted":
+                assert queue.add(new) is None
+                assert queue.add(call("urgent", "bob")) == new
+                queue.remove("urgent")
+            case _:
+                assert queue.add(new) == new
+    assert len(queue._tenants) <= 14
+    assert sum(len(level.flows) for level in queue._levels.values()) <= 14
 
 
 # Places

@@ -229,10 +229,24 @@ def test_a_lease_that_never_came_to_its_worker_is_taken_back() -> None:
     scene.want("a")
     first = scene.granted("a")
     scene.want("b")
+    # Its files may be on their way.
+    scene.after(9.0)
     scene.alive("w")
     assert scene.nothing_said(Revoke, "w")
-    scene.after(3.0)
+    scene.after(2.0)
     scene.alive("w")
+    assert scene.said(Revoke, "w") == [Revoke(first.lease)]
+    scene.revoked(first.lease)
+    assert scene.granted("b").lease > first.lease
+
+
+def test_a_lease_that_a_lost_host_may_not_have_used_is_taken_back_at_once() -> None:
+    scene = Scene()
+    scene.worker("w")
+    scene.want("a", link="dies")
+    first = scene.granted("a", to="dies")
+    scene.want("b")
+    scene.host_left("dies")
     assert scene.said(Revoke, "w") == [Revoke(first.lease)]
     scene.revoked(first.lease)
     assert scene.granted("b").lease > first.lease
@@ -243,9 +257,10 @@ def test_a_lease_that_began_is_not_taken_back() -> None:
     scene.worker("w")
     scene.want("a")
     first = scene.granted("a")
-    scene.after(3.0)
+    scene.after(11.0)
     scene.alive("w", first.lease)
-    scene.alive("w")
+    scene.after(11.0)
+    scene.alive("w", first.lease)
     assert scene.nothing_said(Revoke, "w")
 
 
