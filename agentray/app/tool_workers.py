@@ -31,6 +31,8 @@ __all__ = ["WorkerTools", "check_tools", "sandbox_trouble"]
 
 log = get_logger(__name__)
 
+_INSTALLED = ("site-packages", "dist-packages")
+
 
 class WorkerTools:
     """Opens a worker's runners, in its process; picklable. See ``OpenRunners``."""
@@ -62,7 +64,7 @@ class WorkerTools:
         )
         box.put([*local.specs, listing_tool(servers.known, servers.specs)])
         await servers.start()
-        slots_of = _Slots(settings.sandbox.weakest, settings.code.cpus, box)
+        slots_of = _Slots(settings.sandbox.weakest, settings.code.cpus, settings.functions, box)
         runners = [SpecRunner(box, slots_of.open, late=servers.run) for _ in range(slots)]
         # One is ready before the first call, the others soon after.
         place = Place(settings.sandbox.tier)
@@ -75,8 +77,15 @@ class WorkerTools:
 class _Slots:
     """Opens sandboxes as large as the tools need them."""
 
-    def __init__(self, weakest: Tier | None, code_cpus: float, box: Toolbox) -> None:
+    def __init__(
+        self,
+        weakest: Tier | None,
+        code_cpus: float,
+        functions: Sequence[str],
+        box: Toolbox,
+    ) -> None:
         self._weakest: Tier | None = weakest
+        self._functions = functions
         self._code_cpus = code_cpus
         self._box = box
         self._told = False
@@ -87,7 +96,7 @@ class _Slots:
             place.tier,
             ceiling=ceiling(specs, place.tier),
             # A model's code sees nothing of the operator's.
-            paths=_libraries() if place.operator else (),
+            paths=_libraries(self._functions) if place.operator else (),
             cpu_share=max(1.0, *(s.cpu for s in specs)) if place.operator else self._code_cpus,
             proxied=any(spec.network is not None for spec in specs),
             weakest=self._weakest,
@@ -151,16 +160,23 @@ def _launcher(server: McpSettings) -> Launcher:
     return JailLauncher(paths=server.paths, network=server.network)
 
 
-def _libraries() -> list[str]:
-    """Return the folders that this process imports from, the standard library's aside."""
-    found = [Path(each) for each in sys.path if each]
-    standard = Path(sys.base_prefix)
-    return [
-        str(folder)
-        for folder in found
-        if folder.is_dir()
-        and (folder.name in ("site-packages", "dist-packages") or standard not in folder.parents)
-    ]
+def _libraries(functions: Sequence[str]) -> list[str]:
+    """Return the folders that functions are imported from: their own, agentray's and what is
+    installed. The rest of this process's path, the folder that it was started in among it, is
+    nothing that they have to see."""
+    installed = [each for each in sys.path if Path(each).name in _INSTALLED]
+    modules = [entry.partition(":")[0] for entry in functions]
+    roots = [root for root in map(_root, ["agentray", *modules]) if root]
+    return list(dict.fromkeys([*roots, *installed]))
+
+
+def _root(module: str) -> str:
+    """Return the folder that a module is imported from."""
+    found = sys.modules[module].__file__
+    if found is None:
+        return ""
+    file = Path(found)
+    return str(file.parents[module.count(".") + (file.name == "__init__.py")])
 
 
 async def check_tools(settings: Settings) -> None:

@@ -15,6 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, create_engine, make_url
@@ -90,6 +91,11 @@ class AlchemyDatabase:
             raise ConfigError(f"tools.sql.{name}: the driver is missing: {error}") from error
         if self._engine.dialect.is_async:
             raise ConfigError(f"tools.sql.{name}: expected a driver that is not async")
+        file = url.database or ""
+        made = settings.read_only and not file.startswith((":memory:", "file:"))
+        if self._sqlite and made and not Path(file).is_file():
+            # SQLite would make an empty one.
+            raise ConfigError(f"tools.sql.{name}: there is no file {file!r}")
         self.dialect = _NAMES.get(backend, backend)
         self.placeholder = _PLACEHOLDERS.get(self._engine.dialect.paramstyle, ":1")
         self._keywords = READING if settings.read_only else WRITING

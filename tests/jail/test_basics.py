@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from agentray.errors import SandboxUnavailableError, ToolError
-from agentray.tools.sandbox import launch, opening, supervisor
+from agentray.tools.sandbox import gvisor, launch, opening, supervisor
 from agentray.tools.sandbox.base import FunctionCall, Limits, PythonCode, Run, ShellScript, Slot
 from agentray.tools.sandbox.launch import JailLauncher
 from agentray.tools.sandbox.opening import open_slot
@@ -217,6 +217,12 @@ async def test_what_a_machine_cannot_give_is_refused_and_weaker_tiers_are_named(
     with pytest.raises(SandboxUnavailableError, match=r"no Linux; .* process") as caught:
         await open_slot("jail")
     assert caught.value.fields["weaker"] == ["process"]
+    monkeypatch.setattr(gvisor, "find_runsc", lambda: "")
+    with pytest.raises(SandboxUnavailableError, match="no Linux"):
+        await open_slot("gvisor", weakest="jail")
+    slot = await open_slot("gvisor", weakest="process")
+    assert slot.tier == "process"
+    await slot.close()
     slot = await open_slot("jail", weakest="process")
     assert slot.tier == "process"
     await slot.close()

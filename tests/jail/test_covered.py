@@ -18,7 +18,7 @@ from agentray.tools.sandbox.probe import examine
 
 PROGRAMS = {
     "proc": "import os\\nprint(os.listdir('/proc'))",
-    "small": "print(len(b'x' * (20 << 20)))",
+    "small": "print(len(b'x' * (84 << 20)))",
     "large": "print(len(b'x' * (240 << 20)))",
 }
 
@@ -53,7 +53,7 @@ def test_programs_run_without_a_proc(found: dict[str, list[str]]) -> None:
 def test_their_memory_is_limited_and_what_the_interpreter_takes_is_not_theirs(
     found: dict[str, list[str]],
 ) -> None:
-    assert found["small"] == ["ok", f"{20 << 20}\n", ""]
+    assert found["small"] == ["ok", f"{84 << 20}\n", ""]
     assert found["large"][0] == "memory"
 
 
