@@ -324,7 +324,8 @@ class System:
 
     def pids(self, role: str) -> list[int]:
         """Return the processes of a part: ``postgres``, ``redis``, ``haproxy``, ``controller``,
-        ``gcs``, ``raylet``, ``tool_worker`` or ``tool_scheduler``; of PostgreSQL the one that the others descend from."""
+        ``gcs``, ``raylet``, ``tool_worker`` or ``tool_scheduler``; of PostgreSQL the one that the
+        others descend from."""
         if role == "postgres":
             # PostgreSQL removes the file when it ends, and makes it before it writes into it.
             try:
