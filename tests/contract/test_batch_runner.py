@@ -261,28 +261,42 @@ async def test_no_more_lines_run_at_once_than_may_and_none_while_others_work(
 
 
 async def test_batches_share_what_is_free(batches: PostgresBatches) -> None:
-    held = asyncio.Event()
-    order_of: list[bool] = []
+    gate = asyncio.Semaphore(0)
+    waiting = answered = 0
 
     async def answer(body: dict[str, Any]) -> Reply:
+        nonlocal waiting, answered
         if body.get("long"):
-            await held.wait()
-        order_of.append(bool(body.get("long")))
+            waiting += 1
+            await gate.acquire()
+            waiting -= 1
+            answered += 1
         return await well(body)
 
     async with running(batches, answer, concurrency=2):
         long = await order(batches, 30, long=True)
-        await becomes(batches, long, "in_progress")
+
+        async def held() -> bool:
+            return waiting == 2
+
+        await until(held, "two of the long one's lines hold both places")
         short = await order(batches, 3)
+        await becomes(batches, short, "in_progress")
+
+        async def done() -> bool:
+            # Those that hold both places go on one at a time.
+            if waiting == 2:
+                gate.release()
+            return (await row_of(batches, short)).status == "completed"
+
         try:
-            # Two of the long one's lines hold both places: let those go one after another.
-            held.set()
-            await becomes(batches, short, "completed")
+            await until(done, "the short one is done")
+            # It did not wait for all of the long one: each had every other place.
+            assert answered <= 15
         finally:
-            held.set()
+            for _ in range(30):
+                gate.release()
         await becomes(batches, long, "completed")
-    # The short one did not wait for all of the long one.
-    assert order_of[-1]
 
 
 async def test_a_cancel_lets_what_runs_end_and_keeps_it(batches: PostgresBatches) -> None:

@@ -279,10 +279,10 @@ async def test_a_jailed_server_ends_with_all_that_it_has_started(start: Start) -
         return marked(servers.mark) >= 2
 
     await until(both, "the server and what it has left run")
-    call = asyncio.ensure_future(servers.error("slow", path="/tmp/slow"))
+    call = asyncio.ensure_future(servers.error("slow", path="slow"))
 
     async def amid() -> bool:
-        return await servers.call("look", path="/tmp/slow.begun") == "there"
+        return await servers.call("look", path="slow.begun") == "there"
 
     await until(amid, "a call has begun")
     await servers.all.close()
