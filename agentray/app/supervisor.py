@@ -6,6 +6,7 @@ This process never imports Ray: a driver dies with its cluster, the supervisor b
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -101,6 +102,10 @@ class Supervisor:
         except AgentRayError as error:
             self._report.error(error.message)
             return 1
+        finally:
+            # A process whose start was cancelled closes its pipes when it is collected: that has
+            # to be while the loop still runs.
+            gc.collect()
 
     async def _run_locked(self) -> int:
         self._listen_to_signals()
