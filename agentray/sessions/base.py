@@ -96,8 +96,8 @@ class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaitingCall(msgspec.Struct, frozen=True):
-    """A tool call that waits for a worker: ``position`` calls are likely to begin before it, in
-    about ``wait_s`` it begins; as of the time ``at``."""
+    """A tool call that waits for a worker: ``position`` is 1 for the one that is likely
+    to begin next, and in about ``wait_s`` it begins; as of the time ``at``."""
 
     call_id: str
     tool: str

@@ -115,14 +115,13 @@ class OwnerTools:
 
     async def known(self) -> None:
         """Return when a worker has told the tools of MCP servers, or it takes too long."""
-        if self._settings.mcp and self._client is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FIRST_LISTING_S):
-                    await self._known.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_LISTING_S):
+                await self._known.wait()
 
     @property
     def lists(self) -> bool:
-        """Whether ``run`` has anything to do."""
+        """Whether there is anything for ``run`` to do, and for ``known`` to wait for."""
         return bool(self._settings.mcp) and self._client is not None
 
     async def close(self) -> None:

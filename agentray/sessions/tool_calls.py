@@ -102,7 +102,7 @@ class ToolCalls:
         if spec is None or not self._tools.offers(self._agents.get(actor.agent).tools, call.name):
             return _refused(f"There is no tool {call.name!r}.")
         if (problem := arguments_problem(call, spec.parameters)) is not None:
-            return _refused(f"Not run: {problem}.")
+            return _refused(f"Not run: {problem}.", "invalid")
         if spec.here:
             return await self._run_here(spec, call, ToolContext(actor.tenant, actor.id, key))
         if self._pool is None:

@@ -1,17 +1,13 @@
-"""Carry out one call after another in a worker: find the tool, check, run, and tell how it went."""
+"""Carry out one call after another in a worker: find the tool, run it, and tell how it went."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError, relevance
-from referencing import Registry
 
 from agentray.errors import ToolError
 from agentray.telemetry.logging import get_logger
@@ -20,7 +16,7 @@ from agentray.tools.runner import Ask
 from agentray.tools.sandbox.base import FunctionCall, Limits, Outcome, Run, Slot, Tier
 from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
 
-__all__ = ["OpenSlot", "Place", "SpecRunner", "arguments_problem"]
+__all__ = ["OpenSlot", "Place", "SpecRunner"]
 
 log = get_logger(__name__)
 
@@ -38,12 +34,11 @@ OpenSlot = Callable[[Place], Awaitable[Slot]]
 
 # JSON of a journal and of a database cannot have it.
 _NUL = {0: "\N{REPLACEMENT CHARACTER}"}
-_NOTHING_ELSE: Registry[Any] = Registry()
-_SHOWN_CHARS = 200
 
 
 class SpecRunner:
-    """A worker's slot: runs one call at a time, in its own process or in its sandboxes.
+    """A worker's slot: runs one call at a time, in its own process or in its sandboxes. Its host
+    has seen that the arguments fit the tool's schema.
 
     A sandbox of each place is opened when it is first needed, and kept. ``late`` finds what runs
     a tool that is not in the toolbox yet, but was listed to others before.
@@ -76,7 +71,6 @@ class SpecRunner:
         """Run a call; whatever becomes of it is a result. A cancellation ends it and goes on."""
         spec = self._toolbox.get(call.tool)
         if spec is None and (run := self._late(call.tool)) is not None:
-            # Its server, which knows its schema, checks the arguments.
             spec = ToolSpec(call.tool, "", {"type": "object"}, run, timeout_s=call.timeout_s)
         if spec is None:
             return _error(f"There is no tool {call.tool[:80]!r}.", "refused")
@@ -84,8 +78,6 @@ class SpecRunner:
             arguments = msgspec.json.decode(call.arguments or b"{}", type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return _error(f"Not run: the arguments are no JSON object: {error}.", "invalid")
-        if (problem := arguments_problem(arguments, spec.parameters)) is not None:
-            return _error(f"Not run: {problem}.", "invalid")
         context = ToolContext(call.tenant, call.session_id, _idempotency_key(call))
         if spec.context_argument:
             arguments[spec.context_argument] = msgspec.to_builtins(context)
@@ -154,29 +146,6 @@ class SpecRunner:
             cpu_s=outcome.usage.cpu_s,
             memory_bytes=outcome.usage.memory_bytes,
         )
-
-
-def arguments_problem(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
-    """Return why arguments do not fit a tool's JSON schema, or None if they do."""
-    encoded = msgspec.json.encode(schema, order="deterministic")
-    try:
-        errors: list[ValidationError] = list(_validator(encoded).iter_errors(arguments))
-    except Exception as error:  # noqa: BLE001 - e.g. a reference of an MCP server's to nowhere
-        return f"the schema of its arguments cannot be checked: {type(error).__name__}"
-    if not errors:
-        return None
-    error = max(errors, key=relevance)
-    where = error.json_path.removeprefix("$").removeprefix(".")
-    message = error.message
-    if len(message) > _SHOWN_CHARS:
-        message = message[:_SHOWN_CHARS] + "…"
-    return f"{where}: {message}" if where else message
-
-
-@lru_cache(maxsize=256)
-def _validator(schema: bytes) -> Any:
-    # With a registry that has nothing, so that no reference is fetched from the network.
-    return Draft202012Validator(msgspec.json.decode(schema), registry=_NOTHING_ELSE)
 
 
 def _returned(outcome: Outcome, limits: Limits) -> str:

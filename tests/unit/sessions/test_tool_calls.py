@@ -26,6 +26,7 @@ from agentray.tools.spec import Toolbox, ToolContext, ToolResult, ToolSpec
 from tests.unit.sessions.fence import actor_of
 
 ANYTHING = {"type": "object"}
+NUMBERED = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
 
 async def _shout(arguments: dict[str, Any], context: ToolContext) -> str:
@@ -37,7 +38,7 @@ async def _shout(arguments: dict[str, Any], context: ToolContext) -> str:
 TOOLS = Toolbox(
     [
         ToolSpec("shout", "Says it loud.", ANYTHING, run=_shout, here=True),
-        ToolSpec("ask", "Asks elsewhere.", ANYTHING, run=_shout, timeout_s=7),
+        ToolSpec("ask", "Asks elsewhere.", NUMBERED, run=_shout, timeout_s=7),
         ToolSpec(
             "python", "Runs code.", ANYTHING, program=lambda a: PythonCode(""), keeps_scratch=True
         ),
@@ -192,18 +193,24 @@ async def test_another_tool_is_asked_for_with_all_that_is_known(world: World) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "reason", "said"),
     [
-        ("none", "{}", "There is no tool 'none'."),
-        ("hidden", "{}", "There is no tool 'hidden'."),
-        ("ask", "[]", "Not run: the arguments of ask are no JSON object."),
+        ("none", "{}", "refused", "There is no tool 'none'."),
+        ("hidden", "{}", "refused", "There is no tool 'hidden'."),
+        ("ask", "[]", "invalid", "Not run: the arguments of ask are no JSON object."),
+        (
+            "ask",
+            '{"n": "x"}',
+            "invalid",
+            "Not run: arguments of ask: n: 'x' is not of type 'integer'.",
+        ),
     ],
 )
 async def test_what_cannot_be_run_is_told_to_the_model(
-    world: World, name: str, arguments: str, said: str
+    world: World, name: str, arguments: str, reason: str, said: str
 ) -> None:
     result = await world.run(name, arguments)
-    assert (result.status, result.output, result.reason) == ("error", said, "refused")
+    assert (result.status, result.output, result.reason) == ("error", said, reason)
     assert world.pool.asks == []
 
 

@@ -15,7 +15,7 @@ from agentray.tools.functions import FunctionTool, load_functions, size_of
 from agentray.tools.sandbox.base import FunctionCall
 from agentray.tools.sandbox.program import _find as found_by_the_sandbox
 from agentray.tools.spec import ToolContext
-from agentray.tools.spec_runner import arguments_problem
+from tests.unit.tools.schemas import arguments_problem
 
 MODULE = "operator_functions"
 CONTEXT = {"tenant": "acme", "session_id": "s", "idempotency_key": "k"}

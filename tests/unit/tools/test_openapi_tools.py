@@ -12,7 +12,7 @@ from agentray.config.tool_settings import OpenApiSettings
 from agentray.errors import ConfigError
 from agentray.tools.openapi import openapi_tools
 from agentray.tools.secrets import Secrets
-from agentray.tools.spec_runner import arguments_problem
+from tests.unit.tools.schemas import arguments_problem
 
 SECRETS = Secrets({"KEY": SecretStr("secret-key")})
 PET = {
